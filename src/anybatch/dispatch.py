@@ -1,0 +1,91 @@
+"""A reference function to which faster kernels attach, and the choice between them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# A plain module global, because a context variable breaks full-graph compilation.
+_backend = "auto"
+
+Refusal = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A second opinion on a reference: same signature, same shape, same dtype."""
+
+    backend: str
+    run: Callable[..., Any]
+    refusal: Refusal
+
+
+class Op:
+    """A reference function and the kernels attached to it; calling it picks one of them.
+
+    With the backend ``"auto"`` the first kernel that does not refuse runs, else the reference. With
+    ``"reference"`` the reference runs. Any other backend runs that kernel, and an error quotes its reason
+    if it refuses; ops that have no kernel of that backend run their reference.
+    """
+
+    def __init__(self, reference: Callable[..., Any]) -> None:
+        self.reference = reference
+        self.kernels: list[Kernel] = []
+        functools.update_wrapper(self, reference)
+
+    def kernel(self, backend: str, *, refusal: Refusal) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Attach a kernel: ``refusal`` takes the same arguments and returns why it cannot serve them, or None."""
+
+        def attach(run: Callable[..., Any]) -> Callable[..., Any]:
+            if any(kernel.backend == backend for kernel in self.kernels):
+                raise ValueError(f"{self.__name__} has a {backend!r} kernel already")
+            self.kernels.append(Kernel(backend, run, refusal))
+            return run
+
+        return attach
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _backend != "reference":
+            for kernel in self.kernels:
+                if _backend not in ("auto", kernel.backend):
+                    continue
+                reason = kernel.refusal(*args, **kwargs)
+                if reason is None:
+                    return kernel.run(*args, **kwargs)
+                if _backend == kernel.backend:
+                    raise ValueError(f"the {kernel.backend!r} kernel of {self.__name__} refuses: {reason}")
+        return self.reference(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<op {self.__name__}, kernels: {', '.join(k.backend for k in self.kernels) or 'none'}>"
+
+
+def op(reference: Callable[..., Any]) -> Op:
+    """Make a reference function an `Op`; the reference stays at ``.reference``."""
+    made = Op(reference)
+    _OPS.append(made)
+    return made
+
+
+_OPS: list[Op] = []
+
+
+def backends() -> list[str]:
+    """Names that `backend` takes: ``auto``, ``reference`` and every attached kernel's."""
+    return ["auto", "reference", *sorted({kernel.backend for made in _OPS for kernel in made.kernels})]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within this context every op runs the named backend."""
+    global _backend
+    if name not in backends():
+        raise ValueError(f"unknown backend {name!r}; known backends: {', '.join(backends())}")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before

@@ -1,0 +1,7 @@
+"""Layers for networks of your own; argument names and order are torch's, channels come first."""
+
+from anybatch import kernels as kernels
+from anybatch.methods.group_norm import GroupNorm as GroupNorm
+from anybatch.methods.weight_standardization import WSConv1d as WSConv1d
+from anybatch.methods.weight_standardization import WSConv2d as WSConv2d
+from anybatch.methods.weight_standardization import WSConv3d as WSConv3d

@@ -1,0 +1,1 @@
+"""One file a method: its reference function, its layer, and the part that a scheme is summed from."""

@@ -1,0 +1,190 @@
+"""Group normalization, with layer and instance normalization as its two limits."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.dispatch import op
+from anybatch.scheme import Scheme
+
+Groups = int | Literal["auto"]
+
+
+@op
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each sample over groups of channels and all positions.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the biased variance.
+    Statistics are taken in float32 or wider.
+
+    Args:
+        x: (N, C, *), floating point, any memory format, which the result keeps.
+        groups: G, a divisor of C; 1 is layer norm over (C, *), C is instance norm.
+        weight: (C,), or None for 1.
+        bias: (C,), or None for 0.
+        eps: Added to the variance, so its unit is that of ``x`` squared.
+
+    Returns:
+        (N, C, *), with the dtype of ``x``.
+
+    Raises:
+        ValueError: If ``x`` has no channel dimension, ``groups`` does not divide C, or a group
+            holds one value, which normalizing would erase.
+
+    Source:
+        Wu and He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2, 6-7.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"x must be (N, C, *), got shape {tuple(x.shape)}")
+    c = x.shape[1]
+    if groups < 1 or c % groups:
+        raise ValueError(f"groups={groups} does not divide the {c} channels of x")
+    if c // groups * math.prod(x.shape[2:]) == 1:
+        raise ValueError(
+            f"groups={groups} leaves one value in each group of x of shape {tuple(x.shape)}, which would erase it; "
+            f"use fewer groups"
+        )
+    # Splitting the channels is a view in every memory format, so that the result keeps the format of x.
+    x_ngc = x.unflatten(1, (groups, c // groups)).to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(x_ngc, dim=tuple(range(2, x_ngc.dim())), correction=0, keepdim=True)
+    y = ((x_ngc - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
+    per_channel = (1, c, *(1 for _ in x.shape[2:]))
+    if weight is not None:
+        y = y * weight.reshape(per_channel)
+    if bias is not None:
+        y = y + bias.reshape(per_channel)
+    return y.to(x.dtype)
+
+
+def resolve_groups(channels: int, groups: Groups = 32, group_size: int | None = None) -> int:
+    """The number of groups for this many channels.
+
+    Args:
+        channels: C.
+        groups: A divisor of C, or ``"auto"`` for the divisor nearest to 32 that leaves at least two channels
+            in each group (the lower of two that are as near), and 1 where C has no such divisor.
+        group_size: Channels in each group, instead of ``groups``.
+
+    Returns:
+        G, a divisor of C.
+
+    Raises:
+        ValueError: If ``groups`` or ``group_size`` does not divide C, or ``groups`` is another word.
+
+    >>> resolve_groups(64), resolve_groups(72, "auto"), resolve_groups(16, "auto"), resolve_groups(96, group_size=16)
+    (32, 36, 8, 6)
+    """
+    if group_size is not None:
+        if group_size < 1 or channels % group_size:
+            raise ValueError(f"group_size={group_size} does not divide {channels} channels")
+        return channels // group_size
+    if groups == "auto":
+        divisors = [g for g in range(1, channels // 2 + 1) if channels % g == 0]
+        return min(divisors, key=lambda g: abs(g - 32), default=1)
+    if not isinstance(groups, int):
+        raise ValueError(f"groups={groups!r} is neither a number nor 'auto'")
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"groups={groups} does not divide {channels} channels; use groups='auto' (here "
+            f"{resolve_groups(channels, 'auto')}), or group_size="
+        )
+    return groups
+
+
+class GroupNorm(nn.Module):
+    """Group normalization with a scale and a shift for each channel; see `anybatch.functional.group_norm`.
+
+    Args:
+        num_channels: C.
+        num_groups: G, a divisor of C, or ``"auto"`` for the divisor nearest to 32 with two channels or more a group.
+        eps: Added to the variance.
+        affine: Whether to learn ``weight`` (C,), first 1, and ``bias`` (C,), first 0.
+        group_size: Channels in each group, instead of ``num_groups``.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        (N, C, *) to (N, C, *).
+
+    Raises:
+        ValueError: If the groups do not divide C.
+
+    Source:
+        Wu and He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2, 6-7.
+
+    >>> GroupNorm(64)(torch.randn(1, 64, 7, 7)).shape
+    torch.Size([1, 64, 7, 7])
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: Groups = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        group_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.num_groups = resolve_groups(num_channels, num_groups, group_size)
+        self.eps = eps
+        self.affine = affine
+        if affine:
+            self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale to 1 and the shift to 0."""
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
+
+
+def gn(groups: Groups = 32, *, group_size: int | None = None, eps: float = 1e-5) -> Scheme:
+    """Group normalization after plain convolutions."""
+    if group_size is None and groups != "auto" and not (isinstance(groups, int) and groups > 0):
+        raise ValueError(f"groups={groups!r} is neither a number above 0 nor 'auto'")
+    if group_size is not None and not (isinstance(group_size, int) and group_size > 0):
+        raise ValueError(f"group_size={group_size!r} is not a number above 0")
+    return Scheme(
+        name="gn",
+        norm=partial(GroupNorm, num_groups=groups, group_size=group_size, eps=eps),
+        sources=("arXiv:1803.08494",),
+    )
+
+
+def ln(*, eps: float = 1e-5) -> Scheme:
+    """Layer normalization over (C, *) with a scale for each channel, as the GroupNorm paper compares it."""
+    return Scheme(
+        name="ln", norm=partial(GroupNorm, num_groups=1, eps=eps), sources=("arXiv:1607.06450", "arXiv:1803.08494")
+    )
+
+
+def in_(*, eps: float = 1e-5) -> Scheme:
+    """Instance normalization with a scale for each channel; refuses 1 x 1 maps, which it would erase."""
+    return Scheme(name="in", norm=partial(GroupNorm, group_size=1, eps=eps), sources=("arXiv:1607.08022",))

@@ -1,0 +1,105 @@
+"""What every network is built from: the pieces a scheme gives, and the plain choices where it gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from anybatch.scheme import Scheme
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Join(nn.Module):
+    """How a residual branch meets its skip connection: ``branch + skip``.
+
+    A residual rule returns its own module with the same two methods; `prepare` scales the block's input where the
+    rule asks for it.
+    """
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
+        return branch + skip
+
+
+class Pieces:
+    """The pieces of one network, taken from its scheme. Models ask here and never ask what the scheme is.
+
+    Args:
+        scheme: A complete scheme.
+        dims: Spatial dimensions of the data: 1, 2 or 3.
+        blocks: Number of residual blocks, which a residual rule is told when it is made.
+
+    Raises:
+        ValueError: If the scheme lacks a part it needs.
+    """
+
+    def __init__(self, scheme: Scheme, *, dims: int = 2, blocks: int = 0) -> None:
+        scheme.check_complete()
+        self.scheme = scheme
+        self.dims = dims
+        self._join: Callable[[], nn.Module] = Join if scheme.residual is None else scheme.residual(blocks)
+
+    def _of_dims(self, factory: Any) -> Any:
+        return factory[self.dims - 1] if isinstance(factory, tuple) else factory
+
+    def conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        bias: bool | None = None,
+    ) -> nn.Module:
+        """A convolution that keeps the map's size at stride 1; it has a bias where no norm would cancel or replace it."""
+        make = self._of_dims(self.scheme.conv or _CONVS)
+        if bias is None:
+            bias = self.scheme.norm is None and self.scheme.norm_act is None
+        return make(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=(kernel_size - 1) // 2,
+            groups=groups,
+            bias=bias,
+        )
+
+    def act(self) -> nn.Module:
+        """An activation that no norm of the same scheme brings along."""
+        return nn.ReLU(inplace=True) if self.scheme.act is None else self.scheme.act()
+
+    def norm(self, channels: int, *, last_in_branch: bool = False) -> nn.Module:
+        """A norm with no activation behind it; at the end of a residual branch its scale starts at 0."""
+        factory = self.scheme.norm or self.scheme.norm_act
+        norm = nn.Identity() if factory is None else self._of_dims(factory)(channels)
+        if last_in_branch and isinstance(weight := getattr(norm, "weight", None), nn.Parameter):
+            nn.init.zeros_(weight)
+        return norm
+
+    def norm_act(self, channels: int) -> tuple[nn.Module, nn.Module]:
+        """A norm and the activation behind it; where one layer does both, the second is the identity."""
+        if self.scheme.norm_act is not None:
+            return self._of_dims(self.scheme.norm_act)(channels), nn.Identity()
+        return self.norm(channels), self.act()
+
+    def join(self) -> nn.Module:
+        """The next block's join, in the order of the blocks."""
+        return self._join()
+
+    def init(self, model: nn.Module) -> None:
+        """Initialize a finished model: He's normal over fan-out in convolutions, zero biases, unless the scheme does."""
+        if self.scheme.init is not None:
+            self.scheme.init(model)
+            return
+        for module in model.modules():
+            if isinstance(module, _CONVS):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)

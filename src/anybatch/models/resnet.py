@@ -1,0 +1,255 @@
+"""Residual networks: ResNet, pre-activation ResNet, ResNeXt and wide ResNet, with ImageNet's or CIFAR's stem.
+
+With the scheme ``bn`` and ImageNet's stem, names and shapes of the parameters are torchvision's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.models.blocks import Pieces
+from anybatch.models.registry import register_model
+from anybatch.scheme import Scheme
+
+
+def _shortcut(pieces: Pieces, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+    """Projection where the branch changes the shape (He's option B), nothing elsewhere."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(pieces.conv(in_channels, out_channels, 1, stride), pieces.norm(out_channels))
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions; He et al. 2015, arXiv:1512.03385, figure 5 left."""
+
+    expansion: ClassVar[int] = 1
+    preactivated: ClassVar[bool] = False
+
+    def __init__(
+        self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError("basic blocks take groups=1 and base_width=64; use a network of bottlenecks")
+        self.conv1 = pieces.conv(in_channels, channels, 3, stride)
+        self.bn1, self.act1 = pieces.norm_act(channels)
+        self.conv2 = pieces.conv(channels, channels, 3)
+        self.bn2 = pieces.norm(channels, last_in_branch=True)
+        self.downsample = _shortcut(pieces, in_channels, channels, stride)
+        self.join = pieces.join()
+        self.act2 = pieces.act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.join.prepare(x)
+        skip = x if self.downsample is None else self.downsample(h)
+        h = self.act1(self.bn1(self.conv1(h)))
+        h = self.bn2(self.conv2(h))
+        return self.act2(self.join(h, skip))
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 with the stride, 1 x 1; He et al. 2015, figure 5 right, with torchvision's place of the stride."""
+
+    expansion: ClassVar[int] = 4
+    preactivated: ClassVar[bool] = False
+
+    def __init__(
+        self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
+    ) -> None:
+        super().__init__()
+        width = channels * base_width // 64 * groups
+        out_channels = channels * self.expansion
+        self.conv1 = pieces.conv(in_channels, width, 1)
+        self.bn1, self.act1 = pieces.norm_act(width)
+        self.conv2 = pieces.conv(width, width, 3, stride, groups=groups)
+        self.bn2, self.act2 = pieces.norm_act(width)
+        self.conv3 = pieces.conv(width, out_channels, 1)
+        self.bn3 = pieces.norm(out_channels, last_in_branch=True)
+        self.downsample = _shortcut(pieces, in_channels, out_channels, stride)
+        self.join = pieces.join()
+        self.act3 = pieces.act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.join.prepare(x)
+        skip = x if self.downsample is None else self.downsample(h)
+        h = self.act1(self.bn1(self.conv1(h)))
+        h = self.act2(self.bn2(self.conv2(h)))
+        h = self.bn3(self.conv3(h))
+        return self.act3(self.join(h, skip))
+
+
+class PreActBasicBlock(nn.Module):
+    """Norm and activation before each convolution; He et al. 2016, arXiv:1603.05027, figure 1 b."""
+
+    expansion: ClassVar[int] = 1
+    preactivated: ClassVar[bool] = True
+
+    def __init__(
+        self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError("basic blocks take groups=1 and base_width=64; use a network of bottlenecks")
+        self.bn1, self.act1 = pieces.norm_act(in_channels)
+        self.conv1 = pieces.conv(in_channels, channels, 3, stride)
+        self.bn2, self.act2 = pieces.norm_act(channels)
+        self.conv2 = pieces.conv(channels, channels, 3)
+        projects = stride != 1 or in_channels != channels
+        self.downsample = pieces.conv(in_channels, channels, 1, stride) if projects else None
+        self.join = pieces.join()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act1(self.bn1(self.join.prepare(x)))
+        skip = x if self.downsample is None else self.downsample(h)
+        h = self.conv2(self.act2(self.bn2(self.conv1(h))))
+        return self.join(h, skip)
+
+
+class PreActBottleneck(nn.Module):
+    """The bottleneck with norm and activation before each convolution; He et al. 2016, arXiv:1603.05027."""
+
+    expansion: ClassVar[int] = 4
+    preactivated: ClassVar[bool] = True
+
+    def __init__(
+        self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
+    ) -> None:
+        super().__init__()
+        width = channels * base_width // 64 * groups
+        out_channels = channels * self.expansion
+        self.bn1, self.act1 = pieces.norm_act(in_channels)
+        self.conv1 = pieces.conv(in_channels, width, 1)
+        self.bn2, self.act2 = pieces.norm_act(width)
+        self.conv2 = pieces.conv(width, width, 3, stride, groups=groups)
+        self.bn3, self.act3 = pieces.norm_act(width)
+        self.conv3 = pieces.conv(width, out_channels, 1)
+        projects = stride != 1 or in_channels != out_channels
+        self.downsample = pieces.conv(in_channels, out_channels, 1, stride) if projects else None
+        self.join = pieces.join()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act1(self.bn1(self.join.prepare(x)))
+        skip = x if self.downsample is None else self.downsample(h)
+        h = self.conv1(h)
+        h = self.conv2(self.act2(self.bn2(h)))
+        h = self.conv3(self.act3(self.bn3(h)))
+        return self.join(h, skip)
+
+
+Block = type[BasicBlock] | type[Bottleneck] | type[PreActBasicBlock] | type[PreActBottleneck]
+
+
+class ResNet(nn.Module):
+    """A residual network.
+
+    Args:
+        scheme: How it normalizes.
+        block: One of the four block classes of this file.
+        depths: Blocks in each stage; each stage after the first halves the map and doubles the width.
+        num_classes: Outputs of the classifier; 0 for none, which gives pooled features.
+        in_chans: Channels of the input.
+        width: Channels of the first stage, before a bottleneck's expansion by 4.
+        stem: ``"imagenet"`` (7 x 7 stride 2, then pooling: 1/4 of the size) or ``"cifar"`` (3 x 3, full size).
+        groups: Groups of the 3 x 3 convolution in bottlenecks (ResNeXt's cardinality).
+        base_width: Channels of that convolution per 64 channels of the stage and per group.
+
+    Shape:
+        (N, in_chans, H, W) to (N, num_classes).
+
+    Raises:
+        ValueError: If the stem is unknown, or a basic block is asked for groups.
+
+    Source:
+        He et al. 2015, arXiv:1512.03385; pre-activation: He et al. 2016, arXiv:1603.05027; groups: Xie et al. 2016,
+        arXiv:1611.05431; width: Zagoruyko and Komodakis 2016, arXiv:1605.07146. The last scale of each branch starts at
+        0 after Goyal et al. 2017, arXiv:1706.02677, section 5.1, as the GroupNorm paper does too.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        block: Block,
+        depths: Sequence[int],
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        width: int = 64,
+        stem: str = "imagenet",
+        groups: int = 1,
+        base_width: int = 64,
+    ) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be 1 or more, got {width}")
+        pieces = Pieces(scheme, blocks=sum(depths))
+        self.num_classes = num_classes
+        if stem == "imagenet":
+            self.conv1 = pieces.conv(in_chans, width, 7, 2)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        elif stem == "cifar":
+            self.conv1 = pieces.conv(in_chans, width, 3)
+            self.maxpool = nn.Identity()
+        else:
+            raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
+        # A pre-activated network normalizes at the start of its blocks and once behind the last.
+        self.bn1, self.act1 = (nn.Identity(), nn.Identity()) if block.preactivated else pieces.norm_act(width)
+        channels = width
+        self.stages: list[str] = []
+        for i, depth in enumerate(depths):
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(block(pieces, channels, width * 2**i, stride, groups=groups, base_width=base_width))
+                channels = width * 2**i * block.expansion
+            self.stages.append(f"layer{i + 1}")
+            self.add_module(self.stages[-1], nn.Sequential(*blocks))
+        final = pieces.norm_act(channels) if block.preactivated else (nn.Identity(), nn.Identity())
+        self.final_norm, self.final_act = final
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        pieces.init(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's map, (N, C, H / reduction, W / reduction)."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        return self.final_act(self.final_norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(self.forward_features(x)), 1))
+
+
+def _resnet(name: str, doc: str, block: Block, depths: Sequence[int], **fixed: int | str) -> None:
+    """Register a network: a block, its depths and, beside them, what differs from `ResNet`'s defaults."""
+    width, stem = int(fixed.pop("width", 64)), str(fixed.pop("stem", "imagenet"))
+    grouping = {key: int(value) for key, value in fixed.items()}
+
+    def build(
+        scheme: Scheme, *, num_classes: int = 1000, in_chans: int = 3, width: int = width, stem: str = stem
+    ) -> nn.Module:
+        return ResNet(
+            scheme, block, depths, num_classes=num_classes, in_chans=in_chans, width=width, stem=stem, **grouping
+        )
+
+    build.__name__, build.__doc__ = name, doc
+    register_model(build)
+
+
+for _depth, _depths in {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}.items():
+    _resnet(f"resnet{_depth}", f"ResNet-{_depth}.", BasicBlock, _depths)
+    _resnet(f"preact_resnet{_depth}", f"Pre-activation ResNet-{_depth}.", PreActBasicBlock, _depths)
+for _depth, _depths in {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}.items():
+    _resnet(f"resnet{_depth}", f"ResNet-{_depth}.", Bottleneck, _depths)
+    _resnet(f"preact_resnet{_depth}", f"Pre-activation ResNet-{_depth}.", PreActBottleneck, _depths)
+_resnet("resnext50_32x4d", "ResNeXt-50, 32 groups of 4.", Bottleneck, (3, 4, 6, 3), groups=32, base_width=4)
+_resnet("resnext101_32x8d", "ResNeXt-101, 32 groups of 8.", Bottleneck, (3, 4, 23, 3), groups=32, base_width=8)
+_resnet("wide_resnet50_2", "ResNet-50 with bottlenecks twice as wide.", Bottleneck, (3, 4, 6, 3), base_width=128)
+_resnet("wide_resnet101_2", "ResNet-101 with bottlenecks twice as wide.", Bottleneck, (3, 4, 23, 3), base_width=128)
+for _depth in (8, 14, 20, 32, 44, 56, 110):
+    _n = (_depth - 2) // 6
+    _resnet(f"resnet{_depth}", f"CIFAR's narrow ResNet-{_depth}.", BasicBlock, (_n, _n, _n), width=16, stem="cifar")

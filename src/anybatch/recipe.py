@@ -1,0 +1,218 @@
+"""The Recipe: one complete run, checked, frozen, written as YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anybatch.suggest import unknown
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Model(_Section):
+    """Which network, normalized how."""
+
+    name: str = "resnet8"
+    scheme: str = "ws+gn"
+    options: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
+    """The network's own arguments, as ``{width: 32, stem: cifar}``."""
+
+
+class Data(_Section):
+    """Which images, in which portions."""
+
+    name: str = "digits"
+    """A data set's name (`anybatch list --data`)."""
+    root: str | None = None
+    """Folder or file that holds it; the embedded digits need none."""
+    train_size: int | None = Field(None, ge=1)
+    """Use this many training images, balanced over the classes; None for all."""
+    val_size: int | None = Field(None, ge=1)
+    """Use this many images for evaluation, balanced over the classes; None for all."""
+    val_fraction: float | None = Field(None, gt=0, lt=1)
+    """Set this share of the training images aside for evaluation, in place of the data set's own split."""
+    size: int | None = Field(None, ge=1)
+    """Height and width in pixels to which images are brought; None keeps the data set's own."""
+    augment: tuple[Literal["crop", "flip", "randaugment"], ...] = ()
+    """What happens to training images: random crops, horizontal flips, torchvision's RandAugment."""
+    seed: int = Field(0, ge=0)
+    """Decides splits, subsets and exposures; the same for every run of a study."""
+    batch_size: int = Field(2, ge=1)
+    """B, images that one device takes at a time: what a norm sees."""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients are averaged before a step."""
+    eval_batch_size: int = Field(256, ge=1)
+    """Images at a time in evaluation."""
+    workers: int = Field(0, ge=0)
+    """Processes that load images; 0 loads in the training process."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read, instead of stopping."""
+
+
+class Optim(_Section):
+    """How weights move."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    """Peak learning rate at ``lr_batch`` images a step."""
+    lr_batch: int = Field(32, ge=1)
+    """Images a step for which ``lr`` is meant."""
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """How the peak follows the images a step (batch size x accumulation x devices)."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD; AdamW's first beta."""
+    nesterov: bool = False
+    weight_decay: float = Field(5e-4, ge=0)
+    """On filters and the classifier's weights; on norms and biases only with ``decay_all``."""
+    decay_all: bool = False
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the whole gradient; None for no clipping."""
+
+
+class Schedule(_Section):
+    """How long, and how the learning rate moves: linear warm-up, then cosine to 0 or constant."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    epochs: int = Field(8, ge=1)
+    warmup: float = Field(0.5, ge=0)
+    """Length of the warm-up, in epochs."""
+
+
+class Train(_Section):
+    """How it is run."""
+
+    seed: int = Field(0, ge=0)
+    """Initial weights, order of the images, augmentation."""
+    devices: int = Field(1, ge=1)
+    """Devices, or processes on the CPU, that train together."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    channels_last: bool = False
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then evaluated and saved; None for none."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between evaluations; the last epoch is always evaluated."""
+
+
+class Recipe(_Section):
+    """One complete run. Sections and keys stand in the YAML as they stand here.
+
+    >>> Recipe().replace({"data.batch_size": "4"}).data.batch_size
+    4
+    """
+
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    optim: Optim = Field(default_factory=Optim)
+    schedule: Schedule = Field(default_factory=Schedule)
+    train: Train = Field(default_factory=Train)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, where: str = "recipe") -> Self:
+        """The recipe that nested values describe.
+
+        Raises:
+            ValueError: Naming each wrong key with the nearest known one, and each wrong value with what would do.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(f"{where}: {_explain(error, cls)}") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The recipe in a YAML file."""
+        return cls.parse(read_yaml(path), where=str(path))
+
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with some values changed, each named by its dotted path; texts are read as YAML reads them."""
+        values = self.model_dump()
+        for path, value in changes.items():
+            *sections, key = path.split(".")
+            target = values
+            known: type[BaseModel] | None = type(self)
+            for section in [*sections, key]:
+                if known is not None and section not in known.model_fields:
+                    raise unknown("key", section, known.model_fields, where=f" in {path!r}")
+                annotation = known.model_fields[section].annotation if known is not None else None
+                known = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            for section in sections:
+                if not isinstance(target.get(section), dict):
+                    raise ValueError(f"{path!r}: {section!r} has no keys of its own")
+                target = target[section]
+            if known is not None:
+                raise ValueError(f"{path!r} is a section; set one of its keys, such as {path}.{next(iter(known.model_fields))}")
+            target[key] = read_value(value) if isinstance(value, str) else value
+        return type(self).parse(values)
+
+    def to_yaml(self) -> str:
+        """The whole recipe; `read` gives it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that stand for every value of the recipe."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: ``lr`` scaled from ``lr_batch`` to the images of one step."""
+        ratio = self.data.batch_size * self.data.accumulate * self.train.devices / self.optim.lr_batch
+        exponent = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.optim.lr_scaling]
+        return self.optim.lr * math.pow(ratio, exponent)
+
+
+def read_value(text: str) -> Any:
+    """A value as YAML reads it, and numbers such as ``1e-3``, which YAML takes for text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"cannot read the value {text!r}") from None
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a `ValueError` says what is wrong with another file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold sections with keys, such as 'model: {{name: resnet8}}'")
+    return values
+
+
+def _explain(error: ValidationError, top: type[BaseModel]) -> str:
+    """One line for all that pydantic found."""
+    return "; ".join(_explain_one(item["loc"], item["type"], item["msg"], item["input"], top) for item in error.errors())
+
+
+def _explain_one(place: Iterable[int | str], kind: str, message: str, got: Any, top: type[BaseModel]) -> str:
+    path = [str(step) for step in place]
+    if kind == "extra_forbidden":
+        model: type[BaseModel] = top
+        for step in path[:-1]:
+            annotation = model.model_fields[step].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+        return str(unknown("key", path[-1], model.model_fields, where=f" in {'.'.join(path[:-1]) or 'the recipe'}"))
+    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}, got {got!r}"

@@ -1,0 +1,144 @@
+"""Rows of results: append, read, repair. Nothing else touches the file.
+
+A row is one JSON object on one line of ``rows.jsonl``: one run of a recipe.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any, TypedDict
+
+FORMAT = 1
+
+
+class Evaluation(TypedDict):
+    """One point of a learning curve."""
+
+    epoch: int
+    samples: int
+    """Training images seen so far, repeats counted."""
+    train_loss: float
+    val_loss: float
+    error: float
+    """Share of the evaluated images that are wrong, 0 to 1."""
+
+
+class DataFacts(TypedDict):
+    """What the run was trained and evaluated on."""
+
+    name: str
+    train_images: int
+    val_images: int
+    classes: list[str]
+    note: str
+    """What a reader should know about the images, such as a synthetic exposure."""
+
+
+class Row(TypedDict):
+    """One run; `None` stands where a failed run has no number."""
+
+    format: int
+    id: str
+    """`Recipe.id`."""
+    purpose: str
+    """``"run"``, or ``"tune"`` for a trial of a learning rate, evaluated on a part of the training images."""
+    status: str
+    """``"ok"`` or ``"failed"``."""
+    message: str | None
+    """Why the run failed, in one line."""
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    threads: int
+    seed: int
+    data: DataFacts | None
+    peak_lr: float
+    parameters: int | None
+    multiply_adds: int | None
+    """Of one image's forward pass."""
+    curve: list[Evaluation]
+    """One entry for each evaluation, also of a failed run up to its failure."""
+    error: float | None
+    """The last evaluation's error, 0 to 1."""
+    images_per_second: float | None
+    """In training, evaluation left out, data loading included."""
+    peak_memory: int | None
+    """Bytes of tensors at the peak of training."""
+    seconds: float
+    """Wall time of the whole run."""
+    started: str
+    """Time in UTC, ISO 8601."""
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row to the file whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written, a full disk say; the rows before it stay as they were.
+    """
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(file).st_size
+        try:
+            written = os.write(file, line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, before)
+            raise
+    finally:
+        os.close(file)
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of the file, in order; none where there is no file. A half-written last line is left out.
+
+    Raises:
+        ValueError: If a line before the last is no row, naming the line; nothing is dropped silently.
+    """
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    rows = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if rest.strip():  # a last line without its end: whole if it parses, else cut off half-way
+        try:
+            rows.append(_parse(rest, path, len(lines) + 1))
+        except ValueError:
+            pass
+    return rows
+
+
+def repair(path: Path) -> str | None:
+    """Cut off a half-written last line, so that rows can be appended again; returns what was done, or None."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    whole, newline, rest = content.rpartition(b"\n")
+    if not rest:
+        return None
+    try:
+        _parse(rest, path, 0)
+    except ValueError:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+        return f"cut off a half-written last line of {len(rest)} bytes in {path}"
+    with path.open("ab") as file:
+        file.write(b"\n")
+    return f"ended the last line of {path}"
+
+
+def _parse(line: bytes, path: Path, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        row = None
+    if not isinstance(row, dict) or not {"format", "id", "status", "recipe", "curve"} <= row.keys():
+        raise ValueError(f"line {number} of {path} is not a row; mend or delete that line, the others are whole")
+    if row["format"] != FORMAT:
+        raise ValueError(f"line {number} of {path} has format {row['format']}, this version reads {FORMAT}")
+    return row  # pyright: ignore[reportReturnType] (a mapping with the keys of a row)

@@ -1,0 +1,86 @@
+"""The Scheme: how a network normalizes, one slot for each choice, and how schemes add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# A slot that differs between 1d, 2d and 3d data holds the three classes in that order.
+Factory = Callable[..., Any]
+PerDims = tuple[Factory, Factory, Factory]
+
+SLOTS = ("conv", "norm", "act", "norm_act", "residual", "init", "clip")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a network normalizes. Parts fill slots and add up: ``ws() + gn()``.
+
+    An empty slot means the plain choice (torch's convolution, no norm, in-place ReLU, ``branch + skip``,
+    He's initialization, no clipping). Models never look into a scheme: they take their pieces from
+    `anybatch.models.blocks.Pieces`.
+
+    Args:
+        name: How the scheme is written, as in ``"ws+gn(groups=16)"``.
+        conv: Called with the arguments of ``torch.nn.Conv2d``; one factory for all, or one each for 1d, 2d, 3d.
+        norm: Called with the number of channels; one factory for all, or one each for 1d, 2d, 3d.
+        act: Called with no argument.
+        norm_act: A norm with its own activation, called with the number of channels.
+        residual: Called with the number of residual blocks; returns a function that makes each block's join.
+        init: Called with the finished model.
+        clip: Called with the parameters after each backward pass.
+        batch_independent: Whether a sample's output and gradient never depend on other samples.
+        needs_norm: Whether a network cannot train unless a part fills ``norm`` or ``norm_act`` too.
+        sources: Where the method is defined.
+
+    Source:
+        Slots are ours; each part names the source of its method.
+    """
+
+    name: str
+    conv: Factory | PerDims | None = None
+    norm: Factory | PerDims | None = None
+    act: Factory | None = None
+    norm_act: Factory | None = None
+    residual: Factory | None = None
+    init: Factory | None = None
+    clip: Factory | None = None
+    batch_independent: bool = True
+    needs_norm: bool = False
+    sources: tuple[str, ...] = ()
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The slots this scheme fills, in the order of `SLOTS`."""
+        return tuple(slot for slot in SLOTS if getattr(self, slot) is not None)
+
+    def __add__(self, other: Scheme) -> Scheme:
+        """Both schemes at once; a `ValueError` names the slot that both fill.
+
+        The sum's name lists the part with the earlier slot first, so ``gn + ws`` is ``ws + gn``.
+        """
+        if not isinstance(other, Scheme):
+            return NotImplemented
+        clash = [slot for slot in self.filled if slot in other.filled]
+        if clash:
+            raise ValueError(f"{self.name!r} and {other.name!r} both fill the slot {clash[0]!r}; keep one of them")
+        first, second = sorted((self, other), key=lambda part: [SLOTS.index(slot) for slot in part.filled])
+        merged = {slot: getattr(first, slot) or getattr(second, slot) for slot in SLOTS}
+        names = [part.name for part in (first, second) if part.filled]
+        return Scheme(
+            name="+".join(names) or first.name,
+            **merged,
+            batch_independent=first.batch_independent and second.batch_independent,
+            needs_norm=first.needs_norm or second.needs_norm,
+            sources=tuple(dict.fromkeys(first.sources + second.sources)),
+        )
+
+    def check_complete(self) -> None:
+        """Raise a `ValueError` where a part needs a norm behind it and no part is one."""
+        if self.needs_norm and not {"norm", "norm_act"} & set(self.filled):
+            raise ValueError(f"scheme {self.name!r} needs a norm after its convolutions; write {self.name}+gn, say")
+
+    def __str__(self) -> str:
+        return self.name
+

@@ -1,0 +1,19 @@
+"""Errors that name what was wrong and what would do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> ValueError:
+    """A `ValueError` for a name that is not in a table: the nearest names first, then all of them.
+
+    >>> print(unknown("scheme part", "gm", ["bn", "gn"]))
+    unknown scheme part 'gm'; did you mean gn? Known: bn, gn
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(got.lower(), names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ";"
+    shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
+    return ValueError(f"unknown {what} {got!r}{where}{hint} Known: {', '.join(shown)}")
