@@ -32,6 +32,7 @@ class Op:
     """
 
     def __init__(self, reference: Callable[..., Any]) -> None:
+        self.__name__: str = reference.__name__
         self.reference = reference
         self.kernels: list[Kernel] = []
         functools.update_wrapper(self, reference)

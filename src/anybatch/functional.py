@@ -1,5 +1,7 @@
 """The functions behind the layers: references with the fast paths attached."""
 
 from anybatch import kernels as kernels
+from anybatch.dispatch import backend as backend
+from anybatch.dispatch import backends as backends
 from anybatch.methods.group_norm import group_norm as group_norm
 from anybatch.methods.weight_standardization import weight_standardize as weight_standardize

@@ -7,12 +7,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from anybatch.suggest import unknown
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class _Section(BaseModel):
@@ -27,6 +30,13 @@ class Model(_Section):
     options: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
     """The network's own arguments, as ``{width: 32, stem: cifar}``."""
 
+    def build(self, *, num_classes: int, in_chans: int) -> nn.Module:
+        """The network, from torch's random state; a `ValueError` as of `anybatch.create_model`."""
+        from anybatch.models import create_model
+
+        options: dict[str, Any] = self.options
+        return create_model(self.name, self.scheme, num_classes=num_classes, in_chans=in_chans, **options)
+
 
 class Data(_Section):
     """Which images, in which portions."""
@@ -35,26 +45,28 @@ class Data(_Section):
     """A data set's name (`anybatch list --data`)."""
     root: str | None = None
     """Folder or file that holds it; the embedded digits need none."""
-    train_size: int | None = Field(None, ge=1)
+    train_size: int | None = Field(default=None, ge=1)
     """Use this many training images, balanced over the classes; None for all."""
-    val_size: int | None = Field(None, ge=1)
+    val_size: int | None = Field(default=None, ge=1)
     """Use this many images for evaluation, balanced over the classes; None for all."""
-    val_fraction: float | None = Field(None, gt=0, lt=1)
+    val_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Set this share of the training images aside for evaluation, in place of the data set's own split."""
-    size: int | None = Field(None, ge=1)
+    size: int | None = Field(default=None, ge=1)
     """Height and width in pixels to which images are brought; None keeps the data set's own."""
     augment: tuple[Literal["crop", "flip", "randaugment"], ...] = ()
     """What happens to training images: random crops, horizontal flips, torchvision's RandAugment."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Decides splits, subsets and exposures; the same for every run of a study."""
-    batch_size: int = Field(2, ge=1)
+    batch_size: int = Field(default=2, ge=1)
     """B, images that one device takes at a time: what a norm sees."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients are averaged before a step."""
-    eval_batch_size: int = Field(256, ge=1)
+    eval_batch_size: int = Field(default=256, ge=1)
     """Images at a time in evaluation."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     """Processes that load images; 0 loads in the training process."""
+    holdout: float | None = Field(default=None, gt=0, lt=1)
+    """Set this share of the training images aside and evaluate on it, to choose settings without a look at the rest."""
     skip_bad: bool = False
     """Leave out images that cannot be read, instead of stopping."""
 
@@ -63,19 +75,19 @@ class Optim(_Section):
     """How weights move."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0)
+    lr: float = Field(default=0.1, gt=0)
     """Peak learning rate at ``lr_batch`` images a step."""
-    lr_batch: int = Field(32, ge=1)
+    lr_batch: int = Field(default=32, ge=1)
     """Images a step for which ``lr`` is meant."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How the peak follows the images a step (batch size x accumulation x devices)."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of SGD; AdamW's first beta."""
     nesterov: bool = False
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(default=5e-4, ge=0)
     """On filters and the classifier's weights; on norms and biases only with ``decay_all``."""
     decay_all: bool = False
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; None for no clipping."""
 
 
@@ -83,25 +95,25 @@ class Schedule(_Section):
     """How long, and how the learning rate moves: linear warm-up, then cosine to 0 or constant."""
 
     name: Literal["cosine", "constant"] = "cosine"
-    epochs: int = Field(8, ge=1)
-    warmup: float = Field(0.5, ge=0)
+    epochs: int = Field(default=8, ge=1)
+    warmup: float = Field(default=0.5, ge=0)
     """Length of the warm-up, in epochs."""
 
 
 class Train(_Section):
     """How it is run."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Initial weights, order of the images, augmentation."""
-    devices: int = Field(1, ge=1)
+    devices: int = Field(default=1, ge=1)
     """Devices, or processes on the CPU, that train together."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     channels_last: bool = False
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    ema: float | None = Field(None, gt=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then evaluated and saved; None for none."""
-    eval_every: int = Field(1, ge=1)
+    eval_every: int = Field(default=1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
 
 
@@ -128,7 +140,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ValueError(f"{where}: {_explain(error, cls)}") from None
+            raise ValueError(f"{where}: {explain(error, cls)}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -152,7 +164,9 @@ class Recipe(_Section):
                     raise ValueError(f"{path!r}: {section!r} has no keys of its own")
                 target = target[section]
             if known is not None:
-                raise ValueError(f"{path!r} is a section; set one of its keys, such as {path}.{next(iter(known.model_fields))}")
+                raise ValueError(
+                    f"{path!r} is a section; set one of its keys, such as {path}.{next(iter(known.model_fields))}"
+                )
             target[key] = read_value(value) if isinstance(value, str) else value
         return type(self).parse(values)
 
@@ -201,9 +215,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _explain(error: ValidationError, top: type[BaseModel]) -> str:
+def explain(error: ValidationError, top: type[BaseModel]) -> str:
     """One line for all that pydantic found."""
-    return "; ".join(_explain_one(item["loc"], item["type"], item["msg"], item["input"], top) for item in error.errors())
+    return "; ".join(
+        _explain_one(item["loc"], item["type"], item["msg"], item["input"], top) for item in error.errors()
+    )
 
 
 def _explain_one(place: Iterable[int | str], kind: str, message: str, got: Any, top: type[BaseModel]) -> str:

@@ -5,6 +5,7 @@ A row is one JSON object on one line of ``rows.jsonl``: one run of a recipe.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -66,7 +67,8 @@ class Row(TypedDict):
     images_per_second: float | None
     """In training, evaluation left out, data loading included."""
     peak_memory: int | None
-    """Bytes of tensors at the peak of training."""
+    """Bytes, measured as `memory_measure` says."""
+    memory_measure: str
     seconds: float
     """Wall time of the whole run."""
     started: str
@@ -106,10 +108,8 @@ def read(path: Path) -> list[Row]:
     *lines, rest = path.read_bytes().split(b"\n")
     rows = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if rest.strip():  # a last line without its end: whole if it parses, else cut off half-way
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(_parse(rest, path, len(lines) + 1))
-        except ValueError:
-            pass
     return rows
 
 

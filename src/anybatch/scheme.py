@@ -83,4 +83,3 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name
-

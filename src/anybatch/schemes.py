@@ -92,7 +92,9 @@ def scheme(spec: str | Scheme | Mapping[str, Any] | tuple[str, Mapping[str, Any]
     if isinstance(spec, Mapping):
         options = dict(spec)
         if not isinstance(name := options.pop("type", None), str):
-            raise ValueError(f"a scheme written as a mapping needs a 'type', as in {{'type': 'GN'}}; got {dict(spec)!r}")
+            raise ValueError(
+                f"a scheme written as a mapping needs a 'type', as in {{'type': 'GN'}}; got {dict(spec)!r}"
+            )
         return _part(name, options, repr(dict(spec)))
     if isinstance(spec, tuple):
         if len(spec) != 2 or not isinstance(spec[0], str) or not isinstance(spec[1], Mapping):

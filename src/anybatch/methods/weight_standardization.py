@@ -65,10 +65,10 @@ class _WSConv(nn.modules.conv._ConvNd):
         return f"{super().extra_repr()}, eps={self.eps}"
 
 
-_WSCONV_DOC = """A convolution whose filters are standardized: torch's ``{base}``, its arguments and state dict, and ``eps``.
+_WSCONV_DOC = """A convolution whose filters are standardized: torch's ``{base}``, its arguments and state dict.
 
-    ``y = conv(x, (W - mean W) / sqrt(var W + eps)) + bias``, biased variance over the inputs of each filter. The output's
-    variance grows with the filter's inputs, so a normalization must follow.
+    ``y = conv(x, (W - mean W) / sqrt(var W + eps)) + bias``, biased variance over the inputs of each filter. The
+    output's variance grows with the filter's inputs, so a normalization must follow.
 
     Args:
         eps: Added to the filter's variance; keyword only, behind ``{base}``'s arguments.

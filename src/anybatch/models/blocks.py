@@ -15,8 +15,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Join(nn.Module):
     """How a residual branch meets its skip connection: ``branch + skip``.
 
-    A residual rule returns its own module with the same two methods; `prepare` scales the block's input where the
-    rule asks for it.
+    A residual rule's joins derive from this one; `prepare` scales the block's input where the rule asks for it.
     """
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ class Pieces:
         scheme.check_complete()
         self.scheme = scheme
         self.dims = dims
-        self._join: Callable[[], nn.Module] = Join if scheme.residual is None else scheme.residual(blocks)
+        self._join: Callable[[], Join] = Join if scheme.residual is None else scheme.residual(blocks)
 
     def _of_dims(self, factory: Any) -> Any:
         return factory[self.dims - 1] if isinstance(factory, tuple) else factory
@@ -57,7 +56,7 @@ class Pieces:
         groups: int = 1,
         bias: bool | None = None,
     ) -> nn.Module:
-        """A convolution that keeps the map's size at stride 1; it has a bias where no norm would cancel or replace it."""
+        """A convolution that keeps the map's size at stride 1, with a bias where the scheme has no norm that shifts."""
         make = self._of_dims(self.scheme.conv or _CONVS)
         if bias is None:
             bias = self.scheme.norm is None and self.scheme.norm_act is None
@@ -89,12 +88,12 @@ class Pieces:
             return self._of_dims(self.scheme.norm_act)(channels), nn.Identity()
         return self.norm(channels), self.act()
 
-    def join(self) -> nn.Module:
+    def join(self) -> Join:
         """The next block's join, in the order of the blocks."""
         return self._join()
 
     def init(self, model: nn.Module) -> None:
-        """Initialize a finished model: He's normal over fan-out in convolutions, zero biases, unless the scheme does."""
+        """Initialize a finished model as the scheme does, or convolutions by He's normal over fan-out, biases by 0."""
         if self.scheme.init is not None:
             self.scheme.init(model)
             return

@@ -39,6 +39,12 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
+def describe_models() -> dict[str, str]:
+    """Each model's name and what its builder says of it."""
+    _load()
+    return {name: (_MODELS[name].__doc__ or "").strip() for name in sorted(_MODELS)}
+
+
 def model_options(name: str) -> dict[str, inspect.Parameter]:
     """The arguments that a model takes beside its scheme, ``num_classes`` and ``in_chans``."""
     common = {"scheme", "num_classes", "in_chans", "device", "dtype"}

@@ -1,0 +1,50 @@
+# make compare   the main job on the embedded data: sets up .venv, then a live table and a report with a figure
+# make test      sets up the same and runs the tests
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+OUT ?= runs/compare-digits
+OPTIONS ?=
+
+.PHONY: compare test test-all check bench clean
+
+compare: .venv/base
+	$(BIN)/anybatch compare --data digits --out $(OUT) $(OPTIONS)
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q
+
+test-all: .venv/dev
+	$(BIN)/python -m pytest -q -m ""
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q
+
+bench: .venv/base
+	$(BIN)/python benchmarks/steps.py $(OPTIONS)
+
+clean:
+	rm -rf .venv runs
+
+# uv where there is one, else venv and pip; both end in the same environment.
+define install
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 to 3.13 is needed and was not found; make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "setting up .venv (about 6 GB with torch; minutes the first time) ..."
+	@if command -v uv >/dev/null; then \
+		test -x $(BIN)/python || uv venv -q --python $(PYTHON) .venv; uv pip install -q --python $(BIN)/python -e '.$(1)'; \
+	else \
+		test -x $(BIN)/pip || $(PYTHON) -m venv .venv; $(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(1)'; \
+	fi
+	@touch $@
+endef
+
+.venv/base: pyproject.toml
+	$(call install,)
+
+.venv/dev: pyproject.toml
+	$(call install,[dev])
+	@touch .venv/base

@@ -1,0 +1,94 @@
+"""What there is to choose from, and what this machine has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import platform
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+def tables(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """For each of ``models``, ``schemes``, ``recipes`` and ``data``: every entry with its first sentence."""
+    return {name: _TABLES[name]() for name in names}
+
+
+def _sentence(function: Any) -> str:
+    text = " ".join((inspect.getdoc(function) or "").split())
+    return re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+
+
+def _models() -> dict[str, str]:
+    from anybatch.models.registry import describe_models
+
+    return describe_models()
+
+
+def _schemes() -> dict[str, str]:
+    from anybatch.schemes import PARTS
+
+    told = {}
+    for name, part in PARTS.items():
+        options = ", ".join(f"{p.name}={p.default}" for p in inspect.signature(part).parameters.values())
+        told[name] = _sentence(part) + (f" Options: {options}." if options else "")
+    return told
+
+
+def _recipes() -> dict[str, str]:
+    from anybatch.recipes import RECIPES
+
+    return {name: _sentence(recipe) for name, recipe in RECIPES.items()}
+
+
+def _data() -> dict[str, str]:
+    from anybatch.data import DATASETS
+
+    return {name: _sentence(load) for name, load in DATASETS.items()}
+
+
+_TABLES = {"models": _models, "schemes": _schemes, "recipes": _recipes, "data": _data}
+
+
+def doctor() -> dict[str, dict[str, Any]]:
+    """Versions, devices and extras of this machine."""
+    import torch
+
+    from anybatch import __version__
+    from anybatch.functional import backends
+    from anybatch.study import available_cores
+
+    needed: dict[str, list[str]] = {"": []}
+    for requirement in importlib.metadata.requires("anybatch") or []:
+        package, _, marker = requirement.partition(";")
+        extra = re.search(r"extra == ['\"](\w+)['\"]", marker)
+        needed.setdefault(extra[1] if extra else "", []).append(re.split(r"[<>=!\[ ]", package)[0])
+    versions = {"anybatch": __version__, "python": platform.python_version()}
+    versions |= {package: _version(package) or "missing" for package in needed.pop("")}
+    cuda = torch.cuda.is_available()
+    devices: dict[str, Any] = {"cpu": f"{available_cores()} cores, {torch.get_num_threads()} threads in a process"}
+    devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if cuda else 0)}
+    if not cuda:
+        devices["cuda"] = "none found"
+    devices["memory"] = _memory()
+    devices["backends"] = ", ".join(backends())
+    extras = {}
+    for extra, packages in needed.items():
+        missing = [package for package in packages if _version(package) is None]
+        extras[extra] = f"missing {', '.join(missing)}: pip install 'anybatch[{extra}]'" if missing else "complete"
+    return {"versions": versions, "devices": devices, "extras": extras}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory() -> str:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return "unknown"
+    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"

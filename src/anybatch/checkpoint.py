@@ -1,0 +1,177 @@
+"""Checkpoints: tensors in safetensors, everything else as JSON beside or inside; nothing is unpickled.
+
+Two kinds of file. ``model.safetensors`` with ``model.json`` is a trained model: plain weights that any reader of
+safetensors can open, and what is needed to build the network and prepare its images. ``resume.safetensors`` is a whole
+state of training, nested dictionaries and all, in one file that is replaced atomically.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anybatch.recipe import Recipe
+
+_STATE = "anybatch_state"
+MODEL, FACTS, RESUME = "model.safetensors", "model.json", "resume.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What `model.json` holds: how to build the network and how to prepare images for it."""
+
+    recipe: dict[str, Any]
+    classes: list[str]
+    in_chans: int
+    size: int
+    """Height and width in pixels."""
+    mean: list[float]
+    """Of each channel, on the scale 0 to 1."""
+    std: list[float]
+    error: float
+    """On the evaluated images, 0 to 1."""
+    epochs: int
+    version: str
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by new content whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors whole or not at all; tensors that share memory are written twice."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(own, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(model: nn.Module, facts: ModelFacts, folder: Path) -> None:
+    """Write ``model.safetensors`` and ``model.json`` into the folder."""
+    _save_tensors(model.state_dict(), folder / MODEL)
+    write_atomically(folder / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, ModelFacts]:
+    """The trained model in a run's folder, or beside a ``model.safetensors``, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: If a file is missing, cut off or no checkpoint, or the weights are another network's.
+    """
+    folder = Path(path)
+    if folder.name == MODEL:
+        folder = folder.parent
+    for name in (MODEL, FACTS):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"no checkpoint in {folder}: {name} is missing; give the folder that `anybatch train` wrote"
+            )
+    try:
+        facts = ModelFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{folder / FACTS} is damaged: {error}") from None
+    recipe = Recipe.parse(facts.recipe, where=str(folder / FACTS))
+    model = recipe.model.build(num_classes=len(facts.classes), in_chans=facts.in_chans)
+    try:
+        weights = load_file(folder / MODEL)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / MODEL} is damaged or cut off: {error}") from None
+    load_weights(model, weights, where=str(folder / MODEL))
+    return model.eval(), facts
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy weights into a model; a `ValueError` names keys that are missing, unexpected or of another shape."""
+    own = model.state_dict()
+    faults = {
+        "missing": sorted(own.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - own.keys()),
+        "of another shape": sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape),
+    }
+    told = [
+        f"{what}: {', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}" for what, keys in faults.items() if keys
+    ]
+    if told:
+        raise ValueError(f"{where} holds another network's weights; {'; '.join(told)}")
+    model.load_state_dict(dict(weights))
+
+
+def save_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write nested dictionaries, lists, tuples, numbers, texts and tensors into one file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(state, tensors)
+    _save_tensors(tensors, path, {_STATE: json.dumps(tree)})
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote; a `ValueError` says that the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads((file.metadata() or {})[_STATE])
+            return _unpack(tree, file)
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged, cut off or no state of training ({error}); delete it to start that run anew"
+        ) from None
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {"t": name}
+    if isinstance(value, Mapping):
+        return {"d": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"l" if isinstance(value, list) else "u": [_pack(item, tensors) for item in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint holds tensors, numbers, texts and collections of them, got {type(value).__name__}")
+
+
+def _unpack(value: Any, file: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "t":
+        return file.get_tensor(content)
+    if kind == "d":
+        return {_unpack(key, file): _unpack(item, file) for key, item in content}
+    items = [_unpack(item, file) for item in content]
+    return items if kind == "l" else tuple(items)
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints as `save_state` writes them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save_state(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return load_state(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,469 @@
+"""The command line. Everything heavy is imported inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from anybatch import __version__
+
+if TYPE_CHECKING:
+    from anybatch.recipe import Recipe
+
+app = typer.Typer(
+    name="anybatch",
+    help="Train ConvNets at any batch size: compare normalizations on your own data, train, evaluate, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+err = Console(stderr=True)  # progress and messages; standard output holds results alone
+out_console = Console()
+
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="digits, cifar10, fashion-mnist, imagefolder:DIR or FILE.npz.", rich_help_panel="Data"),
+]
+DataRoot = Annotated[
+    str | None, typer.Option(help="Folder that holds the data set.", rich_help_panel="Data", show_default=False)
+]
+TrainSize = Annotated[
+    int | None, typer.Option(help="Use this many training images, balanced over the classes.", rich_help_panel="Data")
+]
+ValFraction = Annotated[
+    float | None, typer.Option(help="Evaluate on this share of the training images.", rich_help_panel="Data")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images.", rich_help_panel="Data")]
+ModelName = Annotated[str | None, typer.Option("--model", help="A network's name; see anybatch list --models.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+Lr = Annotated[float | None, typer.Option(help="Peak learning rate at 32 images a step; scaled to the batch.")]
+Accumulate = Annotated[int | None, typer.Option(help="Batches whose gradients are averaged before a step.")]
+Devices = Annotated[int | None, typer.Option(help="Devices (on the CPU: processes) that train together.")]
+Precision = Annotated[str | None, typer.Option(help="32-true, bf16-mixed, 16-mixed or 64-true.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any key of the recipe, as in --set model.options.width=64; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", hidden=True)]
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line; exit code 2."""
+
+
+def main() -> None:
+    """Entry point: errors become one line on standard error."""
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted", style="yellow")
+        sys.exit(130)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(error)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(error: Exception) -> NoReturn:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)  # pyright: ignore[reportAttributeAccessIssue]
+    expected = isinstance(error, UserError | ValueError | OSError) or hasattr(error, "format_message")
+    text = " ".join(message.split()) or type(error).__name__
+    if not expected:
+        text = f"{type(error).__name__}: {text} (this looks like a fault of anybatch; --debug shows where)"
+    err.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _split(text: str) -> list[str]:
+    """Comma-separated values; commas inside parentheses do not separate."""
+    import re
+
+    return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in _split(text)]
+    except ValueError:
+        raise UserError(f"{option} takes whole numbers separated by commas, such as 1,2,32; got {text!r}") from None
+
+
+def _recipe(
+    base: Recipe | None,
+    data: str | None,
+    data_root: str | None,
+    sets: list[str] | None,
+    **changes: Any,
+) -> Recipe:
+    """The recipe for the data, or the one given, with the options' changes and then ``--set``."""
+    from anybatch import recipes
+    from anybatch.data import parse_data
+
+    if data is not None or base is None:
+        name, root = parse_data(data or "digits", data_root)
+        recipe = base or recipes.named(name)
+        changes = {"data.name": name, "data.root": root, **changes}
+    else:
+        recipe = base
+        changes = {"data.root": data_root, **changes}
+    changes = {path: value for path, value in changes.items() if value is not None}
+    for item in sets or []:
+        path, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set takes key=value, such as optim.lr=0.1; got {item!r}")
+        changes[path.strip()] = value.strip()
+    return recipe.replace(changes)
+
+
+def _print_json(values: Any) -> None:
+    sys.stdout.write(json.dumps(values, allow_nan=False) + "\n")
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        sys.stdout.write(f"anybatch {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def compare(
+    data: Data = None,
+    data_root: DataRoot = None,
+    schemes: Annotated[
+        str, typer.Option(help="Schemes separated by commas, as in bn,gn:16,ws+gn.", rich_help_panel="Study")
+    ] = "bn,gn,ws+gn",
+    batch_sizes: Annotated[
+        str, typer.Option("--batch-sizes", "-b", help="Batch sizes separated by commas.", rich_help_panel="Study")
+    ] = "1,2,4,8,32",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.", rich_help_panel="Study")] = 3,
+    tune: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Learning rates tried for each scheme and batch size, on a part of the training images; 0 keeps the "
+            "rule: --lr scaled to the batch.",
+            rich_help_panel="Study",
+        ),
+    ] = 0,
+    study_file: Annotated[
+        Path | None,
+        typer.Option("--study", help="A study.yaml to repeat, in place of the options.", rich_help_panel="Study"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study; runs/compare-DATA by default.", rich_help_panel="Study")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Runs side by side; one a core, or one a GPU, by default.")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed runs again.")] = False,
+    train_size: TrainSize = None,
+    val_fraction: ValFraction = None,
+    skip_bad: SkipBad = False,
+    model: ModelName = None,
+    epochs: Epochs = None,
+    lr: Lr = None,
+    accumulate: Accumulate = None,
+    precision: Precision = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Error, speed and memory against batch size, one curve a scheme, on your data.
+
+    Leaves rows.jsonl, figure.png, figure.svg, report.html and summary.json in a folder. A study that was interrupted
+    goes on where it stopped when the same command is given again.
+    """
+    from anybatch import live, report, study
+
+    if study_file is not None:
+        plan = study.Study.read(study_file)
+    else:
+        base = _recipe(
+            None,
+            data,
+            data_root,
+            sets,
+            **{
+                "data.train_size": train_size,
+                "data.val_fraction": val_fraction,
+                "data.skip_bad": skip_bad or None,
+                "data.accumulate": accumulate,
+                "model.name": model,
+                "schedule.epochs": epochs,
+                "optim.lr": lr,
+                "train.precision": precision,
+            },
+        )
+        plan = study.Study.make(
+            base=base,
+            schemes=_canonical(_split(schemes)),
+            batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
+            seeds=list(range(seeds)),
+            tune=tune,
+        )
+    folder = out or Path("runs") / f"compare-{plan.base.data.name}"
+    study.check(plan)
+    jobs = jobs or study.default_jobs(plan)
+    display = live.Display(err, plan, folder)
+    try:
+        with display:
+            rows = study.run(plan, folder, jobs=jobs, retry_failed=retry_failed, on_event=display.event)
+    except KeyboardInterrupt:
+        _write_report(report, plan, folder, study.collect(plan, folder), jobs)
+        err.print(
+            f"interrupted: {display.done} of {display.total} runs are in {folder / study.ROWS}; the same command "
+            f"goes on from there",
+            style="yellow",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    summary = _write_report(report, plan, folder, rows, jobs)
+    if as_json:
+        _print_json(summary)
+    else:
+        live.print_summary(out_console, summary, folder)
+
+
+def _canonical(schemes: list[str]) -> list[str]:
+    from anybatch.schemes import scheme
+
+    return [scheme(spec).name for spec in schemes]
+
+
+def _write_report(report: Any, plan: Any, folder: Path, rows: list[Any], jobs: int) -> dict[str, Any]:
+    total = len(plan.runs({}))
+    done = sum(row["purpose"] == "run" for row in rows)
+    notes = [f"Runs went side by side, {jobs} at a time: compare speeds within this report only."] if jobs > 1 else []
+    if done < total:
+        notes.append(f"Partial: {done} of {total} runs are done.")
+    data = plan.base.data.name
+    return report.write(
+        rows,
+        folder,
+        title=f"Error against batch size on {data}",
+        reproduce=f"anybatch compare --study study.yaml --out {data}-again",
+        notes=notes,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A recipe's YAML file or name; see anybatch list --recipes.", show_default=False),
+    ] = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: ModelName = None,
+    scheme: Annotated[str | None, typer.Option(help="How the network normalizes, such as ws+gn.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Images that a device takes at a time.")
+    ] = None,
+    accumulate: Accumulate = None,
+    lr: Lr = None,
+    epochs: Epochs = None,
+    seed: Annotated[int | None, typer.Option(help="Initial weights, order of the images, augmentation.")] = None,
+    devices: Devices = None,
+    precision: Precision = None,
+    train_size: TrainSize = None,
+    val_fraction: ValFraction = None,
+    skip_bad: SkipBad = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL-SCHEME-DATA by default.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard too.")] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train one model; an interrupted run goes on when the same command is given again."""
+    from anybatch import live, recipes
+    from anybatch.recipe import Recipe
+
+    given = None
+    if recipe is not None:
+        given = Recipe.read(recipe) if recipe.endswith((".yaml", ".yml")) else recipes.named(recipe)
+    plan = _recipe(
+        given,
+        data,
+        data_root,
+        sets,
+        **{
+            "model.name": model,
+            "model.scheme": None if scheme is None else _canonical([scheme])[0],
+            "data.batch_size": batch_size,
+            "data.accumulate": accumulate,
+            "data.train_size": train_size,
+            "data.val_fraction": val_fraction,
+            "data.skip_bad": skip_bad or None,
+            "optim.lr": lr,
+            "schedule.epochs": epochs,
+            "train.seed": seed,
+            "train.devices": devices,
+            "train.precision": precision,
+        },
+    )
+    folder = out or Path("runs") / f"{plan.model.name}-{plan.model.scheme}-{plan.data.name}"
+    row = live.train(plan, folder, err, tensorboard=tensorboard)
+    if row["status"] == "failed":
+        raise UserError(f"{row['message']}; the row is in {folder / 'rows.jsonl'}")
+    if as_json:
+        _print_json(row)
+    else:
+        curve = row["curve"][-1]
+        out_console.print(
+            f"error {100 * curve['error']:.2f} % after {curve['epoch']} epochs, "
+            f"{row['images_per_second']:.0f} images/s; model in {folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder that anybatch train wrote.")],
+    data: Data = None,
+    data_root: DataRoot = None,
+    skip_bad: SkipBad = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Error and loss of a trained model on its own evaluation images, or on those of other data."""
+    from anybatch import checkpoint
+    from anybatch import data as datasets
+    from anybatch import train as training
+    from anybatch.recipe import Recipe
+
+    model, facts = checkpoint.load_model(run)
+    recipe = _recipe(
+        Recipe.parse(facts.recipe),
+        data,
+        data_root,
+        None,
+        **{"data.skip_bad": skip_bad or None, "data.size": facts.size},
+    )
+    split = datasets.load(recipe.data, statistics=(facts.mean, facts.std))
+    if list(split.classes) != facts.classes:
+        raise UserError(
+            f"{run} knows the classes {', '.join(facts.classes[:10])}; the data has {', '.join(split.classes[:10])}"
+        )
+    if split.in_chans != facts.in_chans:
+        raise UserError(f"{run} takes {facts.in_chans} channels, the data has {split.in_chans}")
+    error, loss = training.evaluate(model, split.val, batch_size=recipe.data.eval_batch_size)
+    if as_json:
+        _print_json({"error": error, "loss": loss, "images": len(split.val), "data": split.name})
+    else:
+        out_console.print(f"error {100 * error:.2f} %, loss {loss:.4f} on {len(split.val)} images", highlight=False)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder that anybatch train wrote.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    skip_bad: SkipBad = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Classes of images and their probabilities."""
+    import torch
+
+    from anybatch import checkpoint
+    from anybatch import data as datasets
+
+    model, facts = checkpoint.load_model(run)
+    files = [
+        file for path in images for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not file.is_dir()
+    ]
+    if not files:
+        raise UserError(f"no image files in {', '.join(map(str, images))}")
+    found: list[dict[str, Any]] = []
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (facts.mean, facts.std))
+    for file in files:
+        try:
+            pixels = datasets.load_image(file, facts.size, facts.in_chans)
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            err.print(f"skipped: {error}", style="yellow", markup=False, soft_wrap=True)
+            continue
+        with torch.inference_mode():
+            chances = model(((pixels / 255 - mean) / std)[None]).softmax(1)[0]
+        best = chances.topk(min(top, len(facts.classes)))
+        classes = [
+            {"class": facts.classes[i], "probability": p}
+            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        found.append({"file": str(file), "classes": classes})
+    if as_json:
+        _print_json({"images": found})
+        return
+    table = Table("image", "classes", box=None)
+    for item in found:
+        table.add_row(item["file"], ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in item["classes"]))
+    out_console.print(table)
+
+
+@app.command(name="list")
+def list_(
+    models: Annotated[bool, typer.Option("--models", help="Only the networks.")] = False,
+    schemes: Annotated[bool, typer.Option("--schemes", help="Only the scheme parts.")] = False,
+    recipes: Annotated[bool, typer.Option("--recipes", help="Only the named recipes.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Only the data sets.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Networks, scheme parts, recipes and data sets."""
+    from anybatch import catalogue
+
+    chosen = [
+        name for name, on in (("models", models), ("schemes", schemes), ("recipes", recipes), ("data", data)) if on
+    ]
+    tables = catalogue.tables(chosen or ["schemes", "models", "recipes", "data"])
+    if as_json:
+        _print_json(tables)
+        return
+    for name, entries in tables.items():
+        table = Table("name", "what it is", title=name, title_justify="left", box=None, pad_edge=False)
+        for entry, text in entries.items():
+            table.add_row(entry, text)
+        out_console.print(table, end="\n\n", highlight=False)
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Versions, devices, and what is missing for which extra."""
+    from anybatch import catalogue
+
+    facts = catalogue.doctor()
+    if as_json:
+        _print_json(facts)
+        return
+    for name, entries in facts.items():
+        table = Table("name", "state", title=name, title_justify="left", box=None, pad_edge=False)
+        for entry, text in entries.items():
+            table.add_row(entry, str(text))
+        out_console.print(table, end="\n\n", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What every layer must satisfy, over the rows of `cases.LAYERS`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from contract.cases import HALVES, LAYERS, LayerCase, last_format
+from helpers import assert_error_within, error
+
+from anybatch import layers
+
+MAPS = [case for case in LAYERS if len(case.shape) in (4, 5)]
+
+
+def test_every_public_layer_has_a_row() -> None:
+    public = {name for name, value in vars(layers).items() if inspect.isclass(value)}
+    assert public == {type(case.make()).__name__ for case in LAYERS}
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_repr_shows_the_arguments(case: LayerCase) -> None:
+    shown = repr(case.make())
+    for text in case.shown:
+        assert text in shown
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_is_equal_and_separate(case: LayerCase, duplicate) -> None:  # noqa: ANN001 (any way to copy)
+    layer, x = case.make(), case.input()
+    expected = layer(x).detach().clone()
+    again = duplicate(layer)
+    assert repr(again) == repr(layer)
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.mul_(3)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_state_dict_round_trip(case: LayerCase) -> None:
+    layer, other, x = case.make(), case.make(), case.input()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1).mul_(-2)
+    if list(other.parameters()):
+        assert error(other(x), layer(x)) > 1e-3
+    other.load_state_dict(layer.state_dict(), strict=True)
+    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_device_and_dtype_reach_the_parameters(case: LayerCase) -> None:
+    assert {(p.device.type, p.dtype) for p in case.make(device="meta", dtype=torch.float64).parameters()} <= {
+        ("meta", torch.float64)
+    }
+    assert {p.dtype for p in case.make(dtype=torch.float16).parameters()} <= {torch.float16}
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_in_half_precision_out(case: LayerCase, dtype: torch.dtype) -> None:
+    x = case.input(dtype).requires_grad_()
+    layer = case.make()
+    y = layer.to(dtype)(x)
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert {t.grad.dtype for t in (x, *layer.parameters()) if t.grad is not None} == {dtype}
+    exact = copy.deepcopy(layer).double()(x.detach().double())
+    terms = max((p[0].numel() for p in layer.parameters()), default=1)  # rounding of each product of a convolution
+    eps = torch.finfo(dtype).eps
+    assert_error_within(y, exact, eps * (2 * exact.abs().max().item() + 2 * terms**0.5))
+
+
+@pytest.mark.parametrize("case", MAPS, ids=str)
+def test_channels_last_stays_channels_last(case: LayerCase) -> None:
+    x = case.input()
+    expected = case.make()(x)
+    layer = case.make().to(memory_format=last_format(x))
+    y = layer(x.contiguous(memory_format=last_format(x)))
+    assert y.is_contiguous(memory_format=last_format(x))
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_batch_of_one_equals_the_sample_in_a_batch(case: LayerCase) -> None:
+    layer, x = case.make(dtype=torch.float64), case.input(torch.float64)
+    together = layer(x)
+    for i in range(len(x)):
+        torch.testing.assert_close(layer(x[i : i + 1]), together[i : i + 1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_train_and_eval_are_the_same_and_draw_nothing(case: LayerCase) -> None:
+    layer, x = case.make(), case.input()
+    expected = layer.train()(x)
+    state = torch.get_rng_state()
+    torch.testing.assert_close(layer.eval()(x), expected, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_gradients_in_double_precision(case: LayerCase) -> None:
+    layer = case.make(dtype=torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    x = case.input(torch.float64).requires_grad_()
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_compiles_to_one_graph(case: LayerCase) -> None:
+    layer, x = case.make(), case.input()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_exports(case: LayerCase) -> None:
+    layer, x = case.make().eval(), case.input()
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(x), layer(x))
+    torch.testing.assert_close(program.module()(x[:2]), layer(x[:2]))
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_autocast_gives_finite_values_near_float32(case: LayerCase) -> None:
+    layer, x = case.make(), case.input()
+    exact = layer.double()(x.double())
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+    y.float().sum().backward() if y.requires_grad else None
+    terms = max((p[0].numel() for p in layer.parameters()), default=1)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert_error_within(y, exact, eps * (2 * exact.abs().max().item() + 2 * terms**0.5))
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)

@@ -1,0 +1,191 @@
+"""What every op must satisfy, over the rows of `cases.OPS`."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from contract.cases import HALVES, MIXED_OPS, OPS, OpCase, last_format
+from helpers import assert_error_within, empty_is_nan, error, saved_tensors
+from torch import Tensor
+
+from anybatch.dispatch import Kernel, backend
+
+KERNELS = [(case, kernel) for case in OPS for kernel in case.op.kernels]
+MIXED_KERNELS = [(case, kernel) for case in MIXED_OPS for kernel in case.op.kernels]
+FIRST_OF_EACH_OP = list({case.op: case for case in reversed(OPS)}.values())
+CHANNELS_LAST = [case for case in [*OPS, *MIXED_OPS] if case.layout == "channels_last"]
+DTYPES = [torch.float64, torch.float32, *HALVES]
+
+
+def named(value: object) -> str:
+    return value.backend if isinstance(value, Kernel) else str(value).removeprefix("torch.")
+
+
+def forward_and_gradients(case: OpCase, args: tuple[Any, ...], call: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The output, and the gradient of each tensor argument for one and the same gradient of the output."""
+    leaves = [a.detach().clone(memory_format=torch.preserve_format) if isinstance(a, Tensor) else a for a in args]
+    inputs = {f"gradient of argument {i}": a.requires_grad_() for i, a in enumerate(leaves) if isinstance(a, Tensor)}
+    y = call(*leaves, **case.options)
+    wanted = torch.autograd.grad(y, list(inputs.values()), case.output_gradient(dtype).to(y.dtype))
+    return {"output": y.detach(), **dict(zip(inputs, wanted, strict=True))}
+
+
+def assert_errs_at_most_twice_as_much(case: OpCase, kernel: Kernel, dtype: torch.dtype) -> None:
+    args = case.arguments(dtype)
+    if reason := kernel.refusal(*args, **case.options):
+        pytest.skip(f"refused: {reason}")
+    exact = forward_and_gradients(case, case.doubled(args), case.op.reference, dtype)
+    naive = forward_and_gradients(case, args, case.op.reference, dtype)
+    with backend(kernel.backend), empty_is_nan():
+        got = forward_and_gradients(case, args, case.op, dtype)
+    for what, value in exact.items():
+        assert got[what].dtype == naive[what].dtype, what
+        terms = args[0].numel() // value.numel()
+        allowed = 2 * error(naive[what], value) + case.roundoff(args, value, terms)
+        assert_error_within(got[what], value, allowed, what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=named)
+@pytest.mark.parametrize(("case", "kernel"), KERNELS, ids=named)
+def test_kernel_errs_at_most_twice_as_much_as_the_reference(case: OpCase, kernel: Kernel, dtype: torch.dtype) -> None:
+    assert_errs_at_most_twice_as_much(case, kernel, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=named)
+@pytest.mark.parametrize(("case", "kernel"), MIXED_KERNELS, ids=named)
+def test_kernel_errs_at_most_twice_as_much_with_float32_weights(
+    case: OpCase, kernel: Kernel, dtype: torch.dtype
+) -> None:
+    assert_errs_at_most_twice_as_much(case, kernel, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=named)
+@pytest.mark.parametrize("case", [*OPS, *MIXED_OPS], ids=str)
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_output_is_as_accurate_as_two_passes_in_float32(case: OpCase, dtype: torch.dtype, choice: str) -> None:
+    args = case.arguments(dtype)
+    exact = case.op.reference(*case.doubled(args), **case.options)
+    with backend(choice):
+        assert_error_within(case.op(*args, **case.options), exact, case.roundoff(args, exact))
+
+
+def test_the_bound_refuses_a_variance_taken_as_a_difference_of_squares() -> None:
+    (case,) = (case for case in OPS if case.name == "group_norm-mean_1000")
+    args = case.arguments(torch.float32)
+    exact = case.op.reference(*case.doubled(args))
+    x_rows = case.rows(args[0])
+    mean = x_rows.mean(1, keepdim=True)
+    var = (x_rows.square().mean(1, keepdim=True) - mean.square()).clamp_min(0)
+    y = ((x_rows - mean) * (var + 1e-5).rsqrt()).reshape(args[0].shape)
+    per_channel = (1, -1, 1, 1)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_error_within(y * args[2].reshape(per_channel) + args[3].reshape(per_channel), exact, case.roundoff(args, exact))
+
+
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_reference_passes_gradcheck(case: OpCase) -> None:
+    args = [a.requires_grad_() if isinstance(a, Tensor) else a for a in case.arguments(torch.float64)]
+    slow = args[0].numel() <= 300
+    assert torch.autograd.gradcheck(lambda *a: case.op.reference(*a, **case.options), args, fast_mode=not slow)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("case", [*OPS, *MIXED_OPS], ids=str)
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_output_has_the_dtype_and_shape_of_the_input(case: OpCase, dtype: torch.dtype, choice: str) -> None:
+    args = case.arguments(dtype)
+    with backend(choice):
+        y = case.op(*args, **case.options)
+    assert y.dtype == dtype
+    assert y.shape == args[0].shape
+
+
+@pytest.mark.parametrize("case", CHANNELS_LAST, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_channels_last_stays_channels_last(case: OpCase, dtype: torch.dtype, choice: str) -> None:
+    args = case.arguments(dtype)
+    x = args[0].requires_grad_()
+    with backend(choice):
+        y = case.op(*args, **case.options)
+    assert y.is_contiguous(memory_format=last_format(x))
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert gradient.is_contiguous(memory_format=last_format(x))
+
+
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_arguments_are_left_as_they_were(case: OpCase) -> None:
+    args = case.arguments(torch.float32)
+    before = [a.clone() for a in args if isinstance(a, Tensor)]
+    case.op(*args, **case.options)
+    for a, b in zip((a for a in args if isinstance(a, Tensor)), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=named)
+@pytest.mark.parametrize("case", [case for case in [*OPS, *MIXED_OPS] if case.activations], ids=str)
+def test_nothing_of_the_inputs_size_is_kept_in_float32(
+    case: OpCase, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    args = case.arguments(dtype)
+    refusals = [kernel.refusal(*args, **case.options) for kernel in case.op.kernels]
+    if None not in refusals:
+        reason = f"the reference keeps float32 copies, and every kernel refuses: {refusals}"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    for a in args:
+        if isinstance(a, Tensor):
+            a.requires_grad_()
+    with saved_tensors() as kept:
+        case.op(*args, **case.options)
+    assert kept
+    wide = [t for t in kept if t.dtype.itemsize > 2 and t.numel() >= args[0].numel()]
+    assert not wide, [(tuple(t.shape), t.dtype) for t in wide]
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+@pytest.mark.parametrize("value", [0.0, 3.14159, 1e3])
+@pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
+def test_a_constant_input_gives_finite_output_and_gradient(case: OpCase, value: float, choice: str) -> None:
+    x, *others = case.arguments(torch.float32)
+    x = torch.full_like(x, value).requires_grad_()
+    with backend(choice):
+        y = case.op(x, *others, **case.options)
+    (gradient,) = torch.autograd.grad(y, x, case.output_gradient(torch.float32))
+    assert y.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
+def test_compiles_to_one_graph_with_the_same_result(case: OpCase, layout: str) -> None:
+    x, *others = case.arguments(torch.float32)
+    args = (x if layout == "contiguous" else x.contiguous(memory_format=last_format(x)), *others)
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    eager = forward_and_gradients(case, args, case.op, torch.float32)
+    for what, value in forward_and_gradients(case, args, compiled, torch.float32).items():
+        torch.testing.assert_close(value, eager[what], msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
+def test_compiled_code_follows_the_choice_of_backend(case: OpCase) -> None:
+    args = case.arguments(torch.float32)
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    for choice in ["auto", "reference", "auto"]:
+        with backend(choice):
+            torch.testing.assert_close(compiled(*args), case.op(*args), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
+def test_inductor_errs_within_roundoff(case: OpCase) -> None:
+    args = case.arguments(torch.float32)
+    exact = case.op.reference(*case.doubled(args))
+    got = torch.compile(case.op, fullgraph=True)(*args)
+    assert_error_within(got, exact, case.roundoff(args, exact))
