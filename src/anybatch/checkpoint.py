@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -138,11 +139,21 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from None
 
 
+_FORMATS = {"t": torch.contiguous_format, "t4": torch.channels_last, "t5": torch.channels_last_3d}
+
+
+def _channels_last_kind(value: Tensor) -> str:
+    kind = f"t{value.dim()}"
+    return kind if kind in _FORMATS and value.is_contiguous(memory_format=_FORMATS[kind]) else "t"
+
+
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value
-        return {"t": name}
+        # Files hold contiguous tensors, and a fused optimizer walks weights and their state in step.
+        kind = "t" if value.is_contiguous() else _channels_last_kind(value)
+        return {kind: name}
     if isinstance(value, Mapping):
         return {"d": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
@@ -156,8 +167,8 @@ def _unpack(value: Any, file: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
-    if kind == "t":
-        return file.get_tensor(content)
+    if kind in _FORMATS:
+        return file.get_tensor(content).contiguous(memory_format=_FORMATS[kind])
     if kind == "d":
         return {_unpack(key, file): _unpack(item, file) for key, item in content}
     items = [_unpack(item, file) for item in content]

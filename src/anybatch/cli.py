@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from anybatch import __version__
@@ -359,7 +360,7 @@ def evaluate(
         data,
         data_root,
         None,
-        **{"data.skip_bad": skip_bad or None, "data.size": facts.size},
+        **{"data.skip_bad": skip_bad or None, "data.size": facts.size, "data.batch_size": 1},
     )
     split = datasets.load(recipe.data, statistics=(facts.mean, facts.std))
     if list(split.classes) != facts.classes:
@@ -391,6 +392,11 @@ def predict(
     from anybatch import data as datasets
 
     model, facts = checkpoint.load_model(run)
+    if not any(facts.mean):
+        raise UserError(
+            f"{run} was trained on images that come normalized ({facts.recipe['data']['name']}), a form to which image "
+            f"files cannot be brought; train on image files or uint8 arrays to predict"
+        )
     files = [
         file for path in images for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not file.is_dir()
     ]
@@ -419,7 +425,8 @@ def predict(
         return
     table = Table("image", "classes", box=None)
     for item in found:
-        table.add_row(item["file"], ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in item["classes"]))
+        classes = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in item["classes"])
+        table.add_row(escape(item["file"]), escape(classes))
     out_console.print(table)
 
 
@@ -442,11 +449,7 @@ def list_(
     if as_json:
         _print_json(tables)
         return
-    for name, entries in tables.items():
-        table = Table("name", "what it is", title=name, title_justify="left", box=None, pad_edge=False)
-        for entry, text in entries.items():
-            table.add_row(entry, text)
-        out_console.print(table, end="\n\n", highlight=False)
+    _print_tables(tables, "what it is")
 
 
 @app.command()
@@ -458,11 +461,16 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     if as_json:
         _print_json(facts)
         return
-    for name, entries in facts.items():
-        table = Table("name", "state", title=name, title_justify="left", box=None, pad_edge=False)
+    _print_tables(facts, "state")
+
+
+def _print_tables(tables: dict[str, dict[str, Any]], heading: str) -> None:
+    for name, entries in tables.items():
+        table = Table("name", heading, title=name, title_justify="left", box=None, pad_edge=False)
         for entry, text in entries.items():
-            table.add_row(entry, str(text))
-        out_console.print(table, end="\n\n", highlight=False)
+            table.add_row(escape(entry), escape(str(text)))
+        out_console.print(table)
+        out_console.print()
 
 
 if __name__ == "__main__":

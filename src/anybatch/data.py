@@ -225,12 +225,12 @@ def load_image(path: str | Path, size: int, in_chans: int) -> Tensor:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):  # converting such values cuts them off at 255
                 raise ValueError(
-                    f"cannot read image {path}: it has more than 8 bits a channel (mode {file.mode}); "
+                    f"it has more than 8 bits a channel (mode {file.mode}); "
                     "scale it to 8 bits with a range that suits your images"
                 )
             file.draft(mode, (2 * size, 2 * size))
             image_hwc = np.array(ImageOps.exif_transpose(file).convert(mode))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises each of them
         raise ValueError(f"cannot read image {path}: {_one_line(error)}") from None
     image = torch.from_numpy(image_hwc).reshape(*image_hwc.shape[:2], in_chans).permute(2, 0, 1)
     return fit(image[None], size)[0]
@@ -515,11 +515,11 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise ValueError(f"data.root={path} is not a file; arrays needs an .npz file with x and y")
     try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is not an .npz archive, or is cut off")
         with np.load(file, allow_pickle=False) as held:
-            if isinstance(held, np.ndarray):
-                raise ValueError("it holds one array without a name")
             return {name: held[name] for name in ("x", "y", "x_val", "y_val") if name in held.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"cannot read {path}: {_one_line(error)}; write it with numpy.savez(path, x=..., y=...), "
             "x of uint8 and y of whole numbers"
@@ -677,7 +677,7 @@ def load(config: Data, *, statistics: Statistics | None = None, progress: Progre
     fields = config.model_dump_json(exclude={"batch_size", "accumulate", "eval_batch_size", "workers"})
     root = Path(config.root).expanduser() if config.root else None
     changed = root.stat().st_mtime_ns if root is not None and root.exists() else None
-    key = (fields, changed, str(statistics))
+    key = (fields, changed, str(statistics))  # a file that was written again is read again
     if key not in _loaded:
         split = _load(config, statistics, progress)
         while len(_loaded) >= _KEPT:

@@ -13,8 +13,8 @@ def digits() -> Recipe:
     return Recipe(
         model=Model(name="resnet8", options={"width": 32}),
         data=Data(name="digits", train_size=512),
-        optim=Optim(lr=0.3),
-        schedule=Schedule(epochs=8),
+        optim=Optim(lr=0.5),
+        schedule=Schedule(epochs=12),
     )
 
 

@@ -81,9 +81,22 @@ class EpochSampler(DistributedSampler):
     if it had not been. A step takes the same images on D devices x batch B as on one device x batch D * B.
     """
 
+    def __init__(self, images: Any, world_size: int, rank: int, seed: int) -> None:
+        super().__init__(images, world_size, rank, shuffle=True, seed=seed)
+        self.generator = torch.Generator()  # the loader draws its workers' seeds from it
+
+    @property
+    def _epoch_seed(self) -> int:
+        return (self.seed * 1_000_003 + self.epoch) * 1_009 + self.rank
+
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
-        torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_009 + self.rank)
+        self.generator.manual_seed(self._epoch_seed)
+
+    def __iter__(self) -> Iterator[int]:
+        # Not in set_epoch, which Lightning calls a second time, after the first batch, where a run is resumed.
+        torch.manual_seed(self._epoch_seed)
+        return super().__iter__()
 
 
 class _Loaders(L.LightningDataModule):
@@ -96,6 +109,7 @@ class _Loaders(L.LightningDataModule):
             images,
             batch_size,
             sampler=sampler,
+            generator=None if sampler is None else sampler.generator,
             num_workers=self.recipe.data.workers,
             collate_fn=data.collate,  # pyright: ignore[reportArgumentType] (a batch comes whole)
             pin_memory=torch.cuda.is_available(),
@@ -104,8 +118,10 @@ class _Loaders(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None  # Lightning sets it before it asks
         sampler = EpochSampler(
-            self.split.train, self.trainer.world_size, self.trainer.global_rank, seed=self.recipe.train.seed
+            self.split.train, self.trainer.world_size, self.trainer.global_rank, self.recipe.train.seed
         )
+        # Lightning starts a resumed run's first loader before it sets the loader's, or its own, epoch right.
+        sampler.set_epoch(getattr(self.trainer.lightning_module, "epochs_done", 0))
         return self._loader(self.split.train, self.recipe.data.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -126,6 +142,7 @@ class _Run(L.LightningModule):
         self.val_error = MeanMetric()
         self.val_loss = MeanMetric()
         self.curve: list[Evaluation] = []
+        self.epochs_done = 0
         self.samples = 0
         self.train_seconds = 0.0  # of whole epochs, evaluation left out
         self.timed_samples = 0
@@ -211,7 +228,8 @@ class _Run(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        names = ("curve", "samples", "train_seconds", "timed_samples")
+        self.epochs_done = self.trainer.current_epoch + 1  # saved at the end of an epoch
+        names = ("curve", "epochs_done", "samples", "train_seconds", "timed_samples")
         checkpoint["run"] = {"id": self.recipe.id, **{name: getattr(self, name) for name in names}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ def main(rank: int, folder: Path) -> None:
     for case in SCHEMES:
         model = case.network(torch.float64)
         x = images(2, dtype=torch.float64)[rank : rank + 1]
-        F.cross_entropy(DistributedDataParallel(model)(x), labels[rank : rank + 1]).backward()
+        parallel = DistributedDataParallel(model)  # named, since it must outlive the backward pass
+        F.cross_entropy(parallel(x), labels[rank : rank + 1]).backward()
         found[case.scheme] = {name: p.grad for name, p in model.named_parameters()}
     if rank == 0:
         torch.save(found, folder / "gradients.pt")

@@ -144,7 +144,7 @@ def _draw_error(ax: Axes, summary: Summary) -> None:
         high = [m + h for m, h in zip(mean, half, strict=True)]
         ax.fill_between(x, low, high, color=kind["color"], alpha=0.13, linewidth=0)
         ax.vlines(x, low, high, color=kind["color"], alpha=0.45, linewidth=1)
-        ax.plot(x, mean, **kind, linewidth=1.8, markersize=5.5, gid=f"error of {_plain(scheme)}")
+        ax.plot(x, mean, **kind, linewidth=1.8, markersize=5.5, label=scheme)
         for b, cell in known.items():
             ax.plot([b * shift] * cell["n"], cell["errors"], ".", color=kind["color"], alpha=0.35, markersize=4)
         if known:

@@ -1,0 +1,50 @@
+"""Groups, optimizers, and the course of the learning rate at hand-worked points."""
+
+import pytest
+import torch
+from torch import nn
+
+from anybatch.optim import lr_factor, make_optimizer, param_groups
+from anybatch.recipe import Recipe, Schedule
+
+
+def test_only_weights_decay():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    decayed, plain = param_groups(model, 0.1)
+    assert [p.dim() for p in decayed["params"]] == [4, 2]
+    assert [p.dim() for p in plain["params"]] == [1, 1, 1, 1]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert param_groups(model, 0.1, decay_all=True)[1]["weight_decay"] == 0.1
+
+
+def test_frozen_and_shared_parameters_are_no_duplicates():
+    layer = nn.Linear(2, 2, bias=False)
+    frozen = nn.Linear(2, 2)
+    frozen.requires_grad_(False)
+    (group,) = param_groups(nn.Sequential(layer, layer, frozen), 0.1)
+    assert len(group["params"]) == 1
+
+
+def test_cosine_by_hand():
+    schedule = Schedule(epochs=4, warmup=1)
+    factors = [lr_factor(schedule, step, 3) for step in range(13)]
+    assert factors[:3] == [0.25, 0.5, 0.75]
+    assert factors[3] == 1.0
+    assert factors[7] == pytest.approx(0.5 * (1 + torch.cos(torch.tensor(torch.pi * 4 / 9)).item()))
+    assert factors[12] == 0.0
+
+
+def test_constant_stays():
+    assert {lr_factor(Schedule(name="constant", epochs=2, warmup=0), step, 5) for step in range(10)} == {1.0}
+
+
+def test_a_warm_up_longer_than_the_run_is_cut():
+    assert lr_factor(Schedule(epochs=1, warmup=9), 9, 10) == 1.0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizers(name, kind):
+    recipe = Recipe().replace({"optim.name": name, "optim.lr": 0.4, "data.batch_size": 8})
+    optimizer = make_optimizer(nn.Linear(2, 2), recipe)
+    assert isinstance(optimizer, kind)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)

@@ -1,0 +1,190 @@
+"""Runs: they learn, they go on after an interruption as if there had been none, and they say why they failed."""
+
+import json
+
+import pytest
+import torch
+
+from anybatch import checkpoint, data, recipes, rows, train
+from anybatch.recipe import Recipe
+from anybatch.rows import Row
+
+
+def tiny(**changes: object) -> Recipe:
+    """Two epochs on 64 digits: under a second."""
+    return recipes.quick(recipes.digits()).replace(
+        {"data.batch_size": 8, "model.options.width": 32, **{k.replace("__", "."): v for k, v in changes.items()}}
+    )
+
+
+def test_a_run_fills_its_row():
+    row = train.run(tiny())
+    assert set(row) == set(Row.__annotations__)
+    json.dumps(row, allow_nan=False)
+    assert row["status"] == "ok"
+    assert [point["epoch"] for point in row["curve"]] == [1, 2]
+    assert [point["samples"] for point in row["curve"]] == [64, 128]
+    assert row["error"] == row["curve"][-1]["error"]
+    assert row["data"]["train_images"] == 64
+    assert row["parameters"] == sum(p.numel() for p in tiny().model.build(num_classes=10, in_chans=1).parameters())
+    assert row["images_per_second"] > 0
+
+
+def test_the_embedded_data_is_learnt():
+    row = train.run(tiny(data__train_size=256, schedule__epochs=6))
+    assert row["error"] < 0.25  # chance is 0.9
+
+
+def test_a_run_repeats_exactly_and_another_seed_differs():
+    first, second, other = (train.run(tiny(train__seed=seed)) for seed in (0, 0, 1))
+    assert first["curve"] == second["curve"]
+    assert first["curve"] != other["curve"]
+
+
+def test_reported_error_is_that_of_the_saved_model(tmp_path):
+    row = train.run_in(tiny(), tmp_path / "run")
+    model, facts = checkpoint.load_model(tmp_path / "run")
+    error, loss = train.evaluate(model, data.load(tiny().data).val)
+    assert error == pytest.approx(row["error"], abs=1e-9)
+    assert loss == pytest.approx(row["curve"][-1]["val_loss"], rel=1e-4)
+    assert facts.error == row["error"]
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        "recipe.yaml",
+        "metrics.csv",
+        "model.json",
+        "model.safetensors",
+        "rows.jsonl",
+    }
+
+
+def test_accumulating_is_the_larger_batch_for_batch_free_schemes():
+    whole = train.run(tiny(train__precision="64-true", data__batch_size=8))
+    parts = train.run(tiny(train__precision="64-true", data__batch_size=2, data__accumulate=4))
+    assert parts["peak_lr"] == whole["peak_lr"]
+    for a, b in zip(whole["curve"], parts["curve"], strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-9)
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__ema": 0.9, "data__augment": ["crop"]},
+        {"optim__name": "adamw", "optim__lr": 0.01, "data__workers": 1, "data__augment": ["crop"]},
+        {"model__scheme": "bn", "train__channels_last": True, "data__accumulate": 3},
+    ],
+    ids=["plain", "ema", "adamw-workers", "bn"],
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, changes):
+    recipe = tiny(schedule__epochs=3, **changes)
+    uninterrupted = train.run(recipe)
+
+    def stop(progress: train.Progress) -> None:
+        if progress.samples > 2 * 64 + 16:
+            raise _StopError
+
+    reporter = train._Reporter.on_train_batch_end  # told at every step, not a few times a second
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train._Reporter,
+            "on_train_batch_end",
+            lambda self, *args, **kwargs: (setattr(self, "last", 0.0), reporter(self, *args, **kwargs)),
+        )
+        with pytest.raises(_StopError):
+            train.run_in(recipe, tmp_path / "run", tell=stop)
+    assert (tmp_path / "run" / "resume.safetensors").exists()
+    resumed = train.run_in(recipe, tmp_path / "run")
+    assert resumed["curve"] == uninterrupted["curve"]
+    assert not (tmp_path / "run" / "resume.safetensors").exists()
+    assert len(rows.read(tmp_path / "run" / "rows.jsonl")) == 1
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(tiny().to_yaml())
+    (folder / "resume.safetensors").write_bytes(b"xx")
+    with pytest.raises(ValueError, match=r"resume\.safetensors is damaged"):
+        train.run_in(tiny(), folder)
+
+
+def test_folders_of_other_things_are_refused(tmp_path):
+    train.run_in(tiny(), tmp_path / "run")
+    with pytest.raises(ValueError, match="another recipe"):
+        train.run_in(tiny(train__seed=5), tmp_path / "run")
+    with pytest.raises(ValueError, match="finished"):
+        train.run_in(tiny(), tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("precious")
+    with pytest.raises(ValueError, match="not empty"):
+        train.run_in(tiny(), tmp_path / "other")
+    assert (tmp_path / "other" / "file").read_text() == "precious"
+
+
+def test_a_diverging_run_stops_and_its_row_says_so(tmp_path):
+    recipe = tiny(optim__lr=1e6, model__scheme="none", optim__lr_scaling="none")
+    row = train.run_in(recipe, tmp_path / "run")
+    assert row["status"] == "failed"
+    assert row["error"] is None
+    assert "the loss became" in row["message"]
+    assert rows.read(tmp_path / "run" / "rows.jsonl") == [row]
+
+
+def test_evaluation_can_be_rarer_but_the_last_epoch_always_is():
+    row = train.run(tiny(schedule__epochs=5, train__eval_every=2))
+    assert [point["epoch"] for point in row["curve"]] == [2, 4, 5]
+    assert [point["samples"] for point in row["curve"]] == [128, 256, 320]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__precision": "bf16-mixed"},
+        {"train__label_smoothing": 0.1, "optim__clip_norm": 1.0},
+        {"optim__nesterov": True, "schedule__name": "constant"},
+        {"data__workers": 2},
+    ],
+    ids=str,
+)
+def test_settings_run(changes):
+    assert train.run(tiny(**changes))["status"] == "ok"
+
+
+def test_counted_memory_by_hand():
+    """Linear layer without bias, plain SGD: weights and gradients twice 6 floats, and 2 x 3 inputs, and the loss's own."""
+
+    class Run:
+        recipe = tiny(optim__momentum=0.0)
+        model = torch.nn.Linear(3, 2, bias=False)
+
+    x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    # kept: x (48 bytes), log-softmax (4 x 2 floats), y (32 bytes), total weight of the loss (a float)
+    assert train.counted_memory(Run(), x, y) == 2 * 24 + 48 + 32 + 32 + 4
+
+
+def test_counting_draws_nothing_and_changes_nothing():
+    recipe = tiny()
+    torch.manual_seed(0)
+    model = recipe.model.build(num_classes=10, in_chans=1)
+    run = train._Run(model, recipe, 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    train.counted_memory(run, torch.randn(2, 1, 8, 8, generator=torch.Generator()), torch.tensor([0, 1]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+
+
+@pytest.mark.parametrize("name", [*recipes.RECIPES, *(f"{name}-quick" for name in recipes.RECIPES)])
+def test_named_recipes_build(name):
+    recipe = recipes.named(name)
+    assert recipe.model.build(num_classes=3, in_chans=3) is not None
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown recipe 'cifar'; did you mean cifar10"):
+        recipes.named("cifar")
