@@ -67,18 +67,17 @@ def main() -> None:
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # what typer.Exit carried, or None
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted", style="yellow")
         sys.exit(130)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
         _fail(error)
+    sys.exit(code or 0)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -345,6 +344,7 @@ def evaluate(
     data: Data = None,
     data_root: DataRoot = None,
     skip_bad: SkipBad = False,
+    sets: Sets = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -359,7 +359,7 @@ def evaluate(
         Recipe.parse(facts.recipe),
         data,
         data_root,
-        None,
+        sets,
         **{"data.skip_bad": skip_bad or None, "data.size": facts.size, "data.batch_size": 1},
     )
     split = datasets.load(recipe.data, statistics=(facts.mean, facts.std))
@@ -367,8 +367,6 @@ def evaluate(
         raise UserError(
             f"{run} knows the classes {', '.join(facts.classes[:10])}; the data has {', '.join(split.classes[:10])}"
         )
-    if split.in_chans != facts.in_chans:
-        raise UserError(f"{run} takes {facts.in_chans} channels, the data has {split.in_chans}")
     error, loss = training.evaluate(model, split.val, batch_size=recipe.data.eval_batch_size)
     if as_json:
         _print_json({"error": error, "loss": loss, "images": len(split.val), "data": split.name})

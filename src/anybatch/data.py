@@ -704,7 +704,8 @@ def _load(config: Data, statistics: Statistics | None, progress: Progress | None
     size = val.images.shape[2]
     mean, std = map(tuple, statistics or channel_statistics(train.images))
     if len(mean) != train.images.shape[1] or len(std) != len(mean):
-        raise ValueError(f"statistics must be {train.images.shape[1]} means and as many deviations, got {statistics}")
+        c = train.images.shape[1]
+        raise ValueError(f"the images have {c} channel{'s' * (c > 1)}, the model was trained on {len(mean)}")
     return Split(
         name=config.name,
         train=Images(train.images, train.labels, size=size, mean=mean, std=std, augment=config.augment),

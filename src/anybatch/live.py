@@ -145,7 +145,7 @@ def train(recipe: Recipe, out: Path, console: Console, *, tensorboard: bool = Fa
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"loading {recipe.data.name}", total=None)
         last = [time.monotonic()]
 

@@ -97,8 +97,8 @@ def resolve_groups(channels: int, groups: Groups = 32, group_size: int | None = 
         raise ValueError(f"groups={groups!r} is neither a number nor 'auto'")
     if groups < 1 or channels % groups:
         raise ValueError(
-            f"groups={groups} does not divide {channels} channels; use groups='auto' (here "
-            f"{resolve_groups(channels, 'auto')}), or group_size="
+            f"groups={groups} does not divide {channels} channels; use groups='auto' (in a scheme gn:auto; here "
+            f"{resolve_groups(channels, 'auto')}) or group_size= (gn/8)"
         )
     return groups
 

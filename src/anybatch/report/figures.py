@@ -79,7 +79,9 @@ def learning_curves(rows: Sequence[Row], summary: Summary) -> list[tuple[int, Fi
     """For each batch size, the error after each evaluation against the images seen: seeds faint, their mean bold."""
     runs = [row for row in latest(rows) if row["purpose"] == "run" and row["curve"]]
     seen = [100 * point["error"] for row in runs for point in row["curve"] if math.isfinite(point["error"])]
-    found = []
+    found: list[tuple[int, Figure]] = []
+    if not seen:
+        return found
     for batch in summary["batch_sizes"]:
         here = [row for row in runs if batch_size(row) == batch]
         if here:
@@ -223,7 +225,8 @@ def _draw_curves(ax: Axes, rows: Sequence[Row], batch: int, summary: Summary, se
     if low > 0 and high >= LOG_FROM * low:
         _log_axis(ax, low / 1.2, high * 1.2)
     else:
-        ax.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.08 * (high - low) or 1)
+        margin = max(0.08 * (high - low), 0.5)
+        ax.set_ylim(max(0.0, low - margin), high + margin)
 
 
 def _batch_axis(ax: Axes, batch_sizes: Sequence[int]) -> None:

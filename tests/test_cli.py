@@ -1,0 +1,232 @@
+"""The command line: quick to start, one line for each mistake, exit code 2, never a traceback."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anybatch import cli
+
+
+def run(capsys, monkeypatch, *words):
+    """Exit code, standard output and standard error of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["anybatch", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr()
+    return ended.value.code, told.out, told.err
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: run(capsys, monkeypatch, *words)
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """Two easy classes, dark and bright, as an .npz file and as a folder of images."""
+    folder = tmp_path_factory.mktemp("arrays")
+    generator = np.random.default_rng(0)
+    y = np.arange(80) % 2
+    x = (generator.integers(0, 80, (80, 12, 12, 3)) + 150 * y[:, None, None, None]).astype(np.uint8)
+    np.savez(folder / "two.npz", x=x, y=y)
+    for i, (image, label) in enumerate(zip(x, y, strict=True)):
+        target = folder / "images" / ("train" if i < 60 else "val") / ("dark", "bright")[label]
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(target / f"{i}.png")
+    return folder
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys, time; t = time.perf_counter(); sys.argv = ['anybatch', '--help']\n"
+        "from anybatch import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'lightning', 'torchvision', 'matplotlib', 'pydantic', 'numpy'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    began = time.perf_counter()
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "heavy: []" in told
+    assert "compare" in told
+    assert time.perf_counter() - began < 10  # loosely: a loaded machine may take its time, torch alone takes longer
+
+
+def test_train_eval_predict_on_arrays(call, arrays):
+    code, out, err = call(
+        "train", "--data", arrays / "two.npz", "-b", 4, "--epochs", 3, "--out", "run", "--val-fraction", 0.25, "--json"
+    )
+    assert code == 0, err
+    row = json.loads(out)
+    assert row["error"] < 0.3
+    assert row["data"]["val_images"] == 20
+
+    code, out, _ = call("eval", "run", "--json")
+    assert code == 0
+    assert json.loads(out)["error"] == pytest.approx(row["error"], abs=1e-6)
+    code, out, _ = call("eval", "run")
+    assert "% ," not in out
+    assert "on 20 images" in out
+
+    bright = arrays / "images" / "val" / "bright"
+    code, out, _ = call("predict", "run", bright, "--json", "--top", 1)
+    found = json.loads(out)["images"]
+    assert len(found) == 10
+    assert sum(item["classes"][0]["class"] == "1" for item in found) >= 7
+    code, out, _ = call("predict", "run", bright)
+    assert code == 0
+
+
+def test_train_on_a_folder_with_a_recipe_file(call, arrays, tmp_path):
+    from anybatch import recipes
+
+    recipe = recipes.images().replace(
+        {"schedule.epochs": 1, "data.root": str(arrays / "images"), "data.size": 16, "model.name": "resnet8"}
+    )
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    code, out, err = call("train", "r.yaml", "--set", "data.batch_size=16", "--out", "run", "--tensorboard")
+    assert code == 0, err
+    assert "model in run" in out
+    assert list(Path("run").glob("events.out.tfevents*"))
+    assert Path("run/metrics.csv").read_text().startswith("epoch,")
+
+
+def test_compare_prints_one_json_object(call, arrays):
+    words = ["compare", "--data", arrays / "two.npz", "--schemes", "bn,gn:8", "-b", "8,16", "--seeds", 2, "--epochs", 1]
+    code, out, err = call(*words, "--out", "study", "--json", "--jobs", 2)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert [(c["scheme"], c["batch_size"]) for c in summary["cells"]] == [
+        ("bn", 8),
+        ("bn", 16),
+        ("gn(groups=8)", 8),
+        ("gn(groups=8)", 16),
+    ]
+    assert {file.name for file in Path("study").iterdir()} >= {
+        "rows.jsonl",
+        "figure.png",
+        "figure.svg",
+        "report.html",
+        "summary.json",
+        "study.yaml",
+    }
+    assert json.loads(Path("study/summary.json").read_text()) == summary
+    code, _, err = call(*words, "--out", "study", "--set", "optim.lr=1")
+    assert code == 2
+    assert "holds another study" in err
+    code, out, err = call("compare", "--study", "study/study.yaml", "--out", "study")  # nothing is left to do
+    assert code == 0, err
+    assert "report: study/report.html" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compar"], "Did you mean 'compare'"),
+        (["compare", "--scheme", "bn"], "--schemes"),
+        (["compare", "--schemes", "bn,gm"], "unknown part 'gm' in scheme 'gm'; did you mean gn?"),
+        (["compare", "--schemes", "bn+gn"], "both fill the slot 'norm'"),
+        (["compare", "--schemes", "ws"], "needs a norm"),
+        (["compare", "--schemes", "bn,BN"], "twice"),
+        (["compare", "--data", "didgits"], "unknown data set 'didgits'; did you mean digits"),
+        (["compare", "--data", "imagefolder:nowhere"], "nowhere"),
+        (["compare", "--data", "no.npz"], "no.npz"),
+        (["compare", "--batch-sizes", "1,two"], "--batch-sizes takes whole numbers"),
+        (["compare", "--batch-sizes", "0"], "greater than or equal to 1"),
+        (["compare", "--batch-sizes", "1000"], "larger than the 512 training images"),
+        (["compare", "--seeds", "0"], "--seeds"),
+        (["compare", "--model", "resnet9"], "unknown model 'resnet9'; did you mean resnet8"),
+        (["compare", "--study", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["compare", "--set", "optim.lr"], "--set takes key=value"),
+        (["compare", "--set", "optim.lrr=1"], "did you mean lr?"),
+        (["compare", "--lr", "-1"], "optim.lr"),
+        (["train", "resnet.yaml"], "cannot read resnet.yaml"),
+        (["train", "cifar"], "unknown recipe 'cifar'; did you mean cifar10"),
+        (["train", "--scheme", "kn"], "unknown part 'kn'"),
+        (["train", "--precision", "bf16"], "train.precision"),
+        (["eval", "nowhere"], "no checkpoint in nowhere"),
+        (["predict", "nowhere", "a.png"], "no checkpoint in nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(call, words, message):
+    code, out, err = call(*words)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert not Path("runs").exists()  # refused before anything was written
+
+
+def test_divergence_is_told(call, arrays):
+    words = ["train", "--data", arrays / "two.npz", "--val-fraction", 0.2, "--scheme", "none", "--lr", "1e12", "-b", 32]
+    code, _, err = call(*words, "--out", "run")
+    assert code == 2
+    assert "the loss became" in err
+    assert json.loads(Path("run/rows.jsonl").read_text())["status"] == "failed"
+
+
+def test_other_data_is_refused_by_its_classes(call, arrays):
+    call("train", "--data", arrays / "two.npz", "--val-fraction", 0.2, "--epochs", 1, "--out", "run")
+    code, _, err = call("eval", "run", "--data", "digits")
+    assert code == 2
+    assert "the images have 1 channel, the model was trained on 3" in err
+    call("train", "--data", "digits", "--epochs", 1, "-b", 64, "--out", "grey")
+    generator = np.random.default_rng(0)
+    np.savez("grey.npz", x=generator.integers(0, 255, (9, 8, 8), dtype=np.uint8), y=np.arange(9) % 3)
+    code, _, err = call("eval", "grey", "--data", "grey.npz", "--set", "data.val_fraction=0.5")
+    assert code == 2
+    assert "knows the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; the data has 0, 1, 2" in err
+
+
+def test_an_unreadable_image_is_named_and_skipped_on_request(call, arrays, tmp_path):
+    call("train", "--data", arrays / "two.npz", "--val-fraction", 0.2, "--epochs", 1, "--out", "run")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    good = next((arrays / "images" / "val" / "dark").iterdir())
+    code, _, err = call("predict", "run", "broken.png", good)
+    assert code == 2
+    assert "broken.png" in err
+    code, out, err = call("predict", "run", "broken.png", good, "--skip-bad", "--json")
+    assert code == 0
+    assert "skipped: " in err
+    assert len(json.loads(out)["images"]) == 1
+
+
+def test_lists_and_doctor(call):
+    for words, name in ((["list"], "resnet50"), (["list", "--schemes"], "gn"), (["list", "--recipes"], "cifar10")):
+        code, out, _ = call(*words)
+        assert code == 0
+        assert name in out
+    tables = json.loads(call("list", "--json")[1])
+    assert set(tables) == {"models", "schemes", "recipes", "data"}
+    assert all(text for table in tables.values() for text in table.values())
+    facts = json.loads(call("doctor", "--json")[1])
+    assert facts["versions"]["torch"]
+    assert call("--version")[1].startswith("anybatch ")
+
+
+def test_a_full_disk_keeps_the_rows_and_says_so(call, arrays, monkeypatch):
+    from anybatch import rows
+
+    append = rows.append
+
+    def full(path, row):
+        if path.read_bytes().count(b"\n") if path.exists() else 0:
+            raise OSError(28, "No space left on device", str(path))
+        append(path, row)
+
+    monkeypatch.setattr(rows, "append", full)
+    words = ["compare", "--data", arrays / "two.npz", "--schemes", "gn", "-b", 16, "--seeds", 2, "--epochs", 1]
+    code, _, err = call(*words, "--out", "study")
+    assert code == 2
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+    assert len(rows.read(Path("study/rows.jsonl"))) == 1

@@ -1,0 +1,109 @@
+"""Kernels attach to references, refuse with reasons, and are chosen by a switch that always goes back."""
+
+from __future__ import annotations
+
+import pytest
+
+from anybatch import dispatch
+from anybatch.dispatch import Op, backend, backends, op
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Op:
+    """An op of its own, with a kernel "fast" for even numbers and a kernel "small" for numbers below 10."""
+    monkeypatch.setattr(dispatch, "_OPS", list(dispatch._OPS))
+
+    @op
+    def double(x: int, *, times: int = 2) -> tuple[str, int]:
+        """Twice x."""
+        return "reference", x * times
+
+    @double.kernel("fast", refusal=lambda x, *, times=2: f"{x} is odd" if x % 2 else None)
+    def double_fast(x: int, *, times: int = 2) -> tuple[str, int]:
+        return "fast", x * times
+
+    @double.kernel("small", refusal=lambda x, *, times=2: None if x < 10 else f"{x} is large")
+    def double_small(x: int, *, times: int = 2) -> tuple[str, int]:
+        return "small", x * times
+
+    return double
+
+
+def test_the_first_kernel_that_does_not_refuse_runs(double: Op) -> None:
+    assert double(4) == ("fast", 8)
+    assert double(3) == ("small", 6)
+    assert double(13) == ("reference", 26)
+    assert double(4, times=3) == ("fast", 12)
+
+
+def test_by_name(double: Op) -> None:
+    with backend("small"):
+        assert double(4) == ("small", 8)
+    with backend("fast"):
+        assert double(4) == ("fast", 8)
+    with backend("reference"):
+        assert double(4) == ("reference", 8)
+    with backend("auto"):
+        assert double(4) == ("fast", 8)
+
+
+def test_by_name_a_refusal_is_an_error_that_quotes_the_reason(double: Op) -> None:
+    with backend("fast"), pytest.raises(ValueError, match="the 'fast' kernel of double refuses: 3 is odd"):
+        double(3)
+    with backend("small"), pytest.raises(ValueError, match="the 'small' kernel of double refuses: 12 is large"):
+        double(12)
+
+
+def test_an_op_without_that_kernel_runs_its_reference(double: Op) -> None:
+    @op
+    def half(x: int) -> int:
+        return x // 2
+
+    with backend("fast"):
+        assert half(4) == 2
+
+
+def test_unknown_backend_is_refused_and_changes_nothing(double: Op) -> None:
+    with pytest.raises(ValueError, match=r"unknown backend 'fats'; known backends: auto, reference, fast, small"):
+        with backend("fats"):
+            pass
+    assert double(4) == ("fast", 8)
+
+
+def test_the_choice_goes_back_after_an_error_and_nests(double: Op) -> None:
+    with pytest.raises(ZeroDivisionError), backend("reference"):
+        raise ZeroDivisionError
+    assert double(4) == ("fast", 8)
+    with backend("reference"):
+        with backend("small"):
+            assert double(4) == ("small", 8)
+        assert double(4) == ("reference", 8)
+    assert double(4) == ("fast", 8)
+
+
+def test_a_backend_attaches_once(double: Op) -> None:
+    with pytest.raises(ValueError, match="double has a 'fast' kernel already"):
+        double.kernel("fast", refusal=lambda x: None)(lambda x: x)
+    assert [kernel.backend for kernel in double.kernels] == ["fast", "small"]
+
+
+def test_a_kernels_function_is_left_as_it_was(double: Op) -> None:
+    run = double.kernel("third", refusal=lambda x: None)(abs)
+    assert run is abs
+
+
+def test_names(double: Op) -> None:
+    assert double.__name__ == "double"
+    assert double.__doc__ == "Twice x."
+    assert repr(double) == "<op double, kernels: fast, small>"
+    assert double.reference(5) == ("reference", 10)
+    assert {"auto", "reference", "fast", "small"} <= set(backends())
+    assert backends()[:2] == ["auto", "reference"]
+
+
+def test_the_ops_here_have_a_torch_kernel() -> None:
+    from anybatch.functional import group_norm, weight_standardize
+
+    assert "torch" in [kernel.backend for kernel in group_norm.kernels]
+    assert "torch" in [kernel.backend for kernel in weight_standardize.kernels]
+    assert "torch" in backends()
