@@ -67,7 +67,9 @@ def test_the_table_above_has_every_key() -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    for i, recipe in enumerate([Recipe(), Recipe().replace(OTHER), *(Recipe().replace({k: v}) for k, v in OTHER.items())]):
+    for i, recipe in enumerate(
+        [Recipe(), Recipe().replace(OTHER), *(Recipe().replace({k: v}) for k, v in OTHER.items())]
+    ):
         path = tmp_path / f"{i}.yaml"
         path.write_text(recipe.to_yaml(), encoding="utf-8")
         again = Recipe.read(path)

@@ -168,7 +168,11 @@ def compare(
     ] = 0,
     study_file: Annotated[
         Path | None,
-        typer.Option("--study", help="A study.yaml to repeat, in place of the options.", rich_help_panel="Study"),
+        typer.Option(
+            "--study",
+            help="A study.yaml to repeat; of the options only --data-root, --out and --jobs then count.",
+            rich_help_panel="Study",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the study; runs/compare-DATA by default.", rich_help_panel="Study")
@@ -198,6 +202,8 @@ def compare(
 
     if study_file is not None:
         plan = study.Study.read(study_file)
+        if data_root is not None:
+            plan = plan.model_copy(update={"base": plan.base.replace({"data.root": data_root})})
     else:
         base = _recipe(
             None,
@@ -355,8 +361,11 @@ def evaluate(
     from anybatch.recipe import Recipe
 
     model, facts = checkpoint.load_model(run)
+    own = Recipe.parse(facts.recipe)
+    if data is not None:  # portions of the run's own data say nothing of other data
+        own = own.replace({"data.train_size": None, "data.val_size": None, "data.val_fraction": None})
     recipe = _recipe(
-        Recipe.parse(facts.recipe),
+        own,
         data,
         data_root,
         sets,

@@ -87,7 +87,13 @@ class OpCase:
 
 
 def _group_norm(
-    name: str, shape: tuple[int, ...], groups: int, *, affine: bool = True, weights: torch.dtype | None = None, **more: Any
+    name: str,
+    shape: tuple[int, ...],
+    groups: int,
+    *,
+    affine: bool = True,
+    weights: torch.dtype | None = None,
+    **more: Any,
 ) -> OpCase:
     def others(generator: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         if not affine:
@@ -103,7 +109,13 @@ def _group_norm(
 
 def _weight_standardize(name: str, shape: tuple[int, ...], **more: Any) -> OpCase:
     return OpCase(
-        f"weight_standardize-{name}", functional.weight_standardize, shape, lambda *_: (), lambda w: w.flatten(1), activations=False, **more
+        f"weight_standardize-{name}",
+        functional.weight_standardize,
+        shape,
+        lambda *_: (),
+        lambda w: w.flatten(1),
+        activations=False,
+        **more,
     )
 
 
@@ -188,8 +200,17 @@ def _layer(
 
 
 LAYERS = [
-    _layer(layers.GroupNorm, (12,), (3, 12, 5, 7), ("12", "num_groups=4", "eps=0.001", "affine=True"), num_groups=4, eps=1e-3),
-    _layer(layers.GroupNorm, (12,), (3, 12, 5, 7), ("num_groups=6", "affine=False"), group_size=2, affine=False, eps=1e-5),
+    _layer(
+        layers.GroupNorm,
+        (12,),
+        (3, 12, 5, 7),
+        ("12", "num_groups=4", "eps=0.001", "affine=True"),
+        num_groups=4,
+        eps=1e-3,
+    ),
+    _layer(
+        layers.GroupNorm, (12,), (3, 12, 5, 7), ("num_groups=6", "affine=False"), group_size=2, affine=False, eps=1e-5
+    ),
     _layer(layers.GroupNorm, (12, "auto"), (3, 12, 7), ("num_groups=6",)),
     _layer(layers.GroupNorm, (12, 1), (3, 12, 2, 3, 4), ("num_groups=1",)),
     _layer(
@@ -206,7 +227,15 @@ LAYERS = [
         layers.WSConv2d,
         (6, 4, 3),
         (3, 6, 7, 5),
-        ("6, 4", "kernel_size=(3, 3)", "dilation=(2, 2)", "groups=2", "padding=(2, 2)", "padding_mode=circular", "eps=1e-06"),
+        (
+            "6, 4",
+            "kernel_size=(3, 3)",
+            "dilation=(2, 2)",
+            "groups=2",
+            "padding=(2, 2)",
+            "padding_mode=circular",
+            "eps=1e-06",
+        ),
         dilation=2,
         groups=2,
         padding=2,

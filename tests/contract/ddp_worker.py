@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from contract.cases import SCHEMES, images
 from torch.nn.parallel import DistributedDataParallel
+
+from contract.cases import SCHEMES, images
 
 
 def main(rank: int, folder: Path) -> None:

@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from contract.cases import HALVES, LAYERS, LayerCase, last_format
-from helpers import assert_error_within, error
 
 from anybatch import layers
+from contract.cases import HALVES, LAYERS, LayerCase, last_format
+from helpers import assert_error_within, error
 
 MAPS = [case for case in LAYERS if len(case.shape) in (4, 5)]
 
@@ -30,7 +30,7 @@ def test_repr_shows_the_arguments(case: LayerCase) -> None:
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_a_copy_is_equal_and_separate(case: LayerCase, duplicate) -> None:  # noqa: ANN001 (any way to copy)
+def test_a_copy_is_equal_and_separate(case: LayerCase, duplicate) -> None:
     layer, x = case.make(), case.input()
     expected = layer(x).detach().clone()
     again = duplicate(layer)

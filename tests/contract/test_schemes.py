@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from contract.cases import BATCH_BOUND, BATCH_FREE, SCHEMES, SchemeCase, images
-from helpers import assert_error_within, assert_same_gradients, error, gradients
 from torch import Tensor, nn
 
 import anybatch
 from anybatch import layers
 from anybatch.schemes import PARTS
+from contract.cases import BATCH_BOUND, BATCH_FREE, SCHEMES, SchemeCase, images
+from helpers import assert_error_within, assert_same_gradients, error, gradients
 
 LABELS = torch.tensor([0, 3, 1, 4])
 
@@ -87,7 +87,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, T
     worker = Path(__file__).with_name("ddp_worker.py")
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(folder)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(worker), str(rank), str(folder)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]

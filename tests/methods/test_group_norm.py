@@ -35,9 +35,7 @@ def test_by_hand(choice: str) -> None:
         narrow = group_norm(x, 2, eps=0.25)
     expected = [[-3 * a, -a], [2 * a, 6 * a]]
     torch.testing.assert_close(wide[0, :2], torch.tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(
-        narrow[0, 2:], torch.tensor([[-b, -b], [b, b]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(narrow[0, 2:], torch.tensor([[-b, -b], [b, b]], dtype=torch.float64))
     torch.testing.assert_close(wide[0, 2:], torch.tensor([[10 - 3 * 5**-0.5] * 2, [20 + 4 * 5**-0.5] * 2]).double())
 
 
@@ -179,7 +177,9 @@ def test_refusals_of_the_input(choice: str) -> None:
             with pytest.raises(ValueError, match=f"groups={groups} does not divide the 6 channels of x"):
                 group_norm(torch.zeros(2, 6, 3, 3), groups)
         for shape in [(2, 6), (2, 6, 1), (2, 6, 1, 1), (1, 6, 1, 1), (1, 6, 1, 1, 1)]:
-            with pytest.raises(ValueError, match=r"groups=6 leaves one value in each group .* would erase it; use fewer"):
+            with pytest.raises(
+                ValueError, match=r"groups=6 leaves one value in each group .* would erase it; use fewer"
+            ):
                 group_norm(torch.ones(shape), 6)
 
 

@@ -97,7 +97,7 @@ def test_equals_timms_layer_of_the_same_eps(options: dict[str, int]) -> None:
         (WSConv3d, F.conv3d, torch.linspace(-1, 2, 192).reshape(2, 2, 3, 4, 4)),
     ],
 )
-def test_layers_convolve_with_the_standardized_filter(layer, conv, x: torch.Tensor) -> None:  # noqa: ANN001
+def test_layers_convolve_with_the_standardized_filter(layer, conv, x: torch.Tensor) -> None:
     made = layer(2, 3, 3, padding=1, eps=1e-2)
     expected = conv(x, weight_standardize(made.weight, eps=1e-2), made.bias, padding=1)
     torch.testing.assert_close(made(x), expected, rtol=0, atol=0)
@@ -124,12 +124,17 @@ def test_filters_keep_their_memory_format(choice: str) -> None:
 @CHOICES
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 1, 1, 1), (5, 1, 1, 1, 1)])
 def test_filters_of_one_value_are_refused(shape: tuple[int, ...], choice: str) -> None:
-    with backend(choice), pytest.raises(ValueError, match=r"has one value, which standardizing would set to 0; use a plain"):
+    with (
+        backend(choice),
+        pytest.raises(ValueError, match=r"has one value, which standardizing would set to 0; use a plain"),
+    ):
         weight_standardize(torch.ones(shape))
 
 
 def test_layers_with_filters_of_one_value_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"WSConv2d needs two values or more .* \(8, 1, 1, 1\); use a plain convolution"):
+    with pytest.raises(
+        ValueError, match=r"WSConv2d needs two values or more .* \(8, 1, 1, 1\); use a plain convolution"
+    ):
         WSConv2d(8, 8, 1, groups=8)
     with pytest.raises(ValueError, match="WSConv1d needs two values or more"):
         WSConv1d(1, 4, 1)

@@ -10,13 +10,14 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from anybatch.report.summary import Cell, Summary, batch_size, latest, scheme, summarize
+from anybatch.report.summary import Cell, Summary, batch_size_of, finished, latest, scheme_of, summarize
 from anybatch.report.words import significant
 from anybatch.rows import Row
 
@@ -26,7 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
 LOG_FROM = 8
 """Largest over smallest value from which an axis is logarithmic."""
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -53,7 +54,7 @@ def overview(summary: Summary) -> Figure:
     """`figure` of a summary."""
     with mpl.rc_context(STYLE):
         drawn = _new(8.4, 4.1)
-        left, right = drawn.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.04)
+        left, right = np.ravel(drawn.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.04))
         _draw_error(left.subplots(), summary)
         _draw_costs(right.subplots(2, 1, sharex=True), summary)
     return drawn
@@ -62,7 +63,7 @@ def overview(summary: Summary) -> Figure:
 def errors(summary: Summary) -> Figure:
     """The left part of `figure`."""
     with mpl.rc_context(STYLE):
-        drawn = _new(5.6, 4.1)
+        drawn = _new(5.0, 3.9)
         _draw_error(drawn.subplots(), summary)
     return drawn
 
@@ -70,20 +71,20 @@ def errors(summary: Summary) -> Figure:
 def costs(summary: Summary) -> Figure:
     """The right part of `figure`."""
     with mpl.rc_context(STYLE):
-        drawn = _new(4.3, 4.1)
+        drawn = _new(3.9, 3.95)
         _draw_costs(drawn.subplots(2, 1, sharex=True), summary)
     return drawn
 
 
 def learning_curves(rows: Sequence[Row], summary: Summary) -> list[tuple[int, Figure]]:
-    """For each batch size, the error after each evaluation against the images seen: seeds faint, their mean bold."""
+    """For each batch size, the error after each evaluation against the images seen: seeds faint, bold the mean of those that finished."""
     runs = [row for row in latest(rows) if row["purpose"] == "run" and row["curve"]]
     seen = [100 * point["error"] for row in runs for point in row["curve"] if math.isfinite(point["error"])]
     found: list[tuple[int, Figure]] = []
     if not seen:
         return found
     for batch in summary["batch_sizes"]:
-        here = [row for row in runs if batch_size(row) == batch]
+        here = [row for row in runs if batch_size_of(row) == batch]
         if here:
             with mpl.rc_context(STYLE):
                 drawn = _new(3.6, 2.7)
@@ -145,10 +146,14 @@ def _draw_error(ax: Axes, summary: Summary) -> None:
         low = [max(m - h, lowest) if m == m and h == h else math.nan for m, h in zip(mean, half, strict=True)]
         high = [m + h for m, h in zip(mean, half, strict=True)]
         ax.fill_between(x, low, high, color=kind["color"], alpha=0.13, linewidth=0)
-        ax.vlines(x, low, high, color=kind["color"], alpha=0.45, linewidth=1)
+        for index, band in enumerate(zip(x, low, high, strict=True)):
+            if all(map(math.isnan, [*low[max(index - 1, 0) : index], *low[index + 1 : index + 2]])):
+                ax.vlines(*band, color=kind["color"], alpha=0.45, linewidth=1.2)  # nothing to shade between
         ax.plot(x, mean, **kind, linewidth=1.8, markersize=5.5, label=scheme)
         for b, cell in known.items():
-            ax.plot([b * shift] * cell["n"], cell["errors"], ".", color=kind["color"], alpha=0.35, markersize=4)
+            ax.plot(
+                [b * shift] * cell["n"], cell["errors"], ".", color=kind["color"], alpha=0.5, markersize=5, zorder=3
+            )
         if known:
             last = max(known)
             ends.append((last * shift, known[last]["mean"] or 0.0, scheme, kind["color"]))
@@ -160,7 +165,7 @@ def _draw_error(ax: Axes, summary: Summary) -> None:
                 [x], [0.985], "x", color=kind["color"], transform=ax.get_xaxis_transform(), markersize=7, clip_on=False
             )
     if any(cell["failed"] for cell in summary["cells"]):
-        ax.set_title("× some run failed", loc="right", fontsize=8.5, color="#555555")
+        ax.set_xlabel("batch size (×: some run failed)")
     if summary["chance"] and lowest < summary["chance"] < highest:
         ax.axhline(summary["chance"], color="#777777", linewidth=0.9, linestyle=":")
         ax.annotate(
@@ -208,22 +213,24 @@ def _draw_curves(ax: Axes, rows: Sequence[Row], batch: int, summary: Summary, se
     for name in summary["schemes"]:
         kind = look(summary["schemes"], name)
         at: dict[int, list[float]] = defaultdict(list)
-        mine = [row for row in rows if scheme(row) == name]
+        mine = [row for row in rows if scheme_of(row) == name]
         for row in mine:
             ax.plot(
                 [point["samples"] for point in row["curve"]],
                 [100 * point["error"] for point in row["curve"]],
                 color=kind["color"], alpha=0.25, linewidth=0.8,
             )  # fmt: skip
+        averaged = [row for row in mine if finished(row)] or mine
+        for row in averaged:
             for point in row["curve"]:
                 at[point["samples"]].append(100 * point["error"])
-        shared = {samples: found for samples, found in sorted(at.items()) if len(found) == len(mine)}
+        shared = {samples: found for samples, found in sorted(at.items()) if len(found) == len(averaged)}
         ax.plot(list(shared), [fmean(found) for found in shared.values()], **kind, linewidth=1.6, markersize=3.5)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: significant(x)))
     low, high = min(seen), max(seen)
     if low > 0 and high >= LOG_FROM * low:
-        _log_axis(ax, low / 1.2, high * 1.2)
+        _log_axis(ax, low / 1.2, high * 1.2, least=4)
     else:
         margin = max(0.08 * (high - low), 0.5)
         ax.set_ylim(max(0.0, low - margin), high + margin)
@@ -246,7 +253,7 @@ def _error_axis(ax: Axes, cells: Sequence[Cell]) -> None:
     if low > 0 and high >= LOG_FROM * low:
         least = min((mean - half for mean, half in bounds if mean > half), default=low)
         most = max(mean + half for mean, half in bounds)
-        _log_axis(ax, max(least, low / 1.5) / 1.08, min(most, high * 1.5, 100.0) * 1.08)
+        _log_axis(ax, max(least, low / 1.5) / 1.08, min(most, high * 1.5, 100.0) * 1.08, least=4)
         return
     span = max(high - low, 0.1 * high, 0.5)
     least = max(min(mean - half for mean, half in bounds), low - span, 0.0)
@@ -255,15 +262,15 @@ def _error_axis(ax: Axes, cells: Sequence[Cell]) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
-def _log_axis(ax: Axes, low: float, high: float) -> None:
-    """With plain numbers at the ticks, about three to eight of them."""
+def _log_axis(ax: Axes, low: float, high: float, least: int = 3) -> None:
+    """With plain numbers at the ticks, ``least`` of them or a few more."""
     ax.set_yscale("log")
     ax.set_ylim(low, high)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]
-        if sum(low <= tick <= high for tick in ticks) >= 3:
+        if sum(low <= tick <= high for tick in ticks) >= least:
             break
     ax.yaxis.set_major_locator(FixedLocator(ticks))
     ax.yaxis.set_minor_locator(NullLocator())

@@ -60,6 +60,7 @@ def render(rows: Sequence[Row], summary: Summary, *, title: str, reproduce: str,
         "percent": words.percent,
         "significant": words.significant,
         "listed": words.listed,
+        "unbroken": _unbroken,
         "value": _value,
     }
     page = environment.from_string(files("anybatch.report").joinpath("page.html").read_text(encoding="utf-8"))
@@ -102,6 +103,11 @@ def _rate_rule(settings: Settings) -> str:
     images = f"images a step / {recipe['optim.lr_batch']}"
     factor = f"({images})" if scaling == "linear" else f"√({images})"
     return f"The peak is {words.significant(recipe['optim.lr'])} × {factor}."
+
+
+def _unbroken(sentence: str) -> str:
+    """With no line break between a number and its sign."""
+    return sentence.replace(" %", "\N{NO-BREAK SPACE}%").replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _value(value: Any) -> str:

@@ -1,17 +1,19 @@
 """Intervals for mean errors and their differences, from few seeds and a finite number of evaluation images.
 
-Two things would come out differently if a study were run again. Other seeds give other weights: with n runs whose
-errors have the sample variance s², their mean has the variance s²/n, known only as well as n runs allow, hence Student's
-t. Other images would be evaluated: a mean error p over m images has the binomial variance p(1 - p)/m, and since all
-seeds are evaluated on the same images, more seeds do not lower it. The half-width is ``sqrt((t s/√n)² + z² p(1 - p)/m)``.
+Each run is taken as if it had been evaluated on its own sample of images. The mean over n seeds then has the variance
+s²/n, s being the seeds' standard deviation, which n runs tell poorly (hence Student's t). Part of that is known
+beforehand, the binomial p(1 - p)/(m n) for m images, and few seeds may show less than it by luck, so it is added in
+quadrature: the half-width is ``sqrt((t s/√n)² + z² p(1 - p)/(m n))``.
 
-- It is never narrower than Student's interval over the seeds. Adding variances first and approximating the degrees of
-  freedom (Satterthwaite) would be, and with two seeds it errs up to ten times as often as it says: a small s is then
-  believed that came about by luck.
-- Where all seeds happen to agree, s = 0, the images still give a width; p is taken as (p m + 2) / (m + 4) (Agresti and
-  Coull 1998), so that no errors at all do too.
-- Part of the images' variance is in s² already, and in a difference of two cells it partly cancels, since both are
-  evaluated on the same images. Rows don't tell how much, so both are counted whole: the interval errs on the wide side.
+- It is never narrower than Student's interval over the seeds. Adding the variances first and approximating the degrees
+  of freedom (Satterthwaite) can be; simulated with two seeds and ten comparisons it errs up to ten times as often as it
+  says, since it believes a small s.
+- Where all seeds happen to agree, s = 0, it keeps a width; p is taken as (p m + 2) / (m + 4) (Agresti and Coull 1998),
+  so that it does without any errors too.
+- In fact all runs see the same images. Others may be easier or harder for all schemes alike, which the interval of a
+  single mean leaves out: it would need p(1 - p)/m undivided. From differences this cancels as far as schemes err on the
+  same images; rows don't tell how far. Simulated for equal schemes at an error of 4.5 %, with 1300 images redrawn each
+  time, 2 to 5 seeds and difficulties correlated by 0.7 to 1, the interval erred no more often than it says.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Estimate:
     seeds: float | None
     """Variance of the mean over seeds, in points squared; None with one seed."""
     images: float
-    """Variance of the mean over samples of evaluation images, in points squared."""
+    """What the sampling of evaluation images contributes to the variance of the mean at least, in points squared."""
 
     def half_width(self, level: float = LEVEL) -> float | None:
         """Of the interval around the mean, in points; None with one seed."""
@@ -58,7 +60,7 @@ def estimate(errors: Sequence[float], images: int) -> Estimate:
         mean=mean,
         n=len(errors),
         seeds=variance(errors) / len(errors) if len(errors) > 1 else None,
-        images=100**2 * share * (1 - share) / images,
+        images=100**2 * share * (1 - share) / (images * len(errors)),
     )
 
 

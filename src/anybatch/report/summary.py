@@ -37,8 +37,7 @@ class Cell(TypedDict):
     sd: float | None
     """Of ``errors``, in points; None with one seed."""
     interval: float | None
-    """Half-width of the 95 % interval around the mean, in points, for other seeds and other images
-    (`anybatch.report.statistics`); None with one seed."""
+    """Half-width of the 95 % interval around the mean, in points (`anybatch.report.statistics`); None with one seed."""
     best: bool
     """Not told apart from the lowest mean at its batch size; False where fewer than two cells can be compared."""
     failed: list[Failure]
@@ -138,11 +137,11 @@ def summarize(rows: Sequence[Row]) -> Summary:
     """
     rows = latest(rows)
     runs = [row for row in rows if row["purpose"] == "run"]
-    schemes = list(dict.fromkeys(scheme(row) for row in runs))
-    batch_sizes = sorted({batch_size(row) for row in runs})
+    schemes = list(dict.fromkeys(scheme_of(row) for row in runs))
+    batch_sizes = sorted({batch_size_of(row) for row in runs})
     by_cell: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in runs:
-        by_cell[scheme(row), batch_size(row)].append(row)
+        by_cell[scheme_of(row), batch_size_of(row)].append(row)
     estimates = {key: found for key, members in by_cell.items() if (found := _estimate(members)) is not None}
     between = [pair for b in batch_sizes for pair in _between_schemes(b, schemes, estimates)]
     against = [pair for s in schemes for pair in _against_largest(s, batch_sizes, estimates)]
@@ -183,11 +182,11 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return list({(row["purpose"], row["id"]): row for row in rows}.values())
 
 
-def scheme(row: Row) -> str:
+def scheme_of(row: Row) -> str:
     return str(row["recipe"]["model"]["scheme"])
 
 
-def batch_size(row: Row) -> int:
+def batch_size_of(row: Row) -> int:
     return row["recipe"]["data"]["batch_size"]
 
 
@@ -278,7 +277,7 @@ def _tuning(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Trial]:
     tried: dict[tuple[str, int, float], list[Row]] = defaultdict(list)
     for row in rows:
         if row["purpose"] == "tune":
-            tried[scheme(row), batch_size(row), row["peak_lr"]].append(row)
+            tried[scheme_of(row), batch_size_of(row), row["peak_lr"]].append(row)
     order = list(dict.fromkeys(s for s, _, _ in tried))
     trials = []
     for (s, b, lr), members in sorted(tried.items(), key=lambda item: (order.index(item[0][0]), *item[0][1:])):

@@ -53,15 +53,17 @@ def _at_batch(batch: int, lowest: Cell, pairs: list[Difference], cells: list[Cel
     worse = [d["scheme"] for d in pairs if d["distinct"]]
     tied = [d["scheme"] for d in pairs if not d["distinct"]]
     more = listed([f"{scheme} errs {above[scheme]} points more" for scheme in worse])
+    tail = f"; {more} than {name}." if worse else "."
     if not tied:
         return f"At batch {batch}, {name} has the lowest error, {error}: {more}."
     if len(tied) == 1:
         other = tied[0]
-        said = f"{name} and {other} cannot be told apart ({error} and {percent(means[other])} %, {above[other]} points apart)"
+        both = f"{error} and {percent(means[other])} %"
+        said = f"{name} and {other} cannot be told apart ({both}, {above[other]} points apart)"
     else:
         others = listed([f"{scheme} ({above[scheme]} points more)" for scheme in tied])
         said = f"{others} cannot be told apart from {name}, the lowest mean at {error}"
-    return f"At batch {batch}, {said}" + (f"; than {name}, {more}." if worse else ".")
+    return f"At batch {batch}, {said}{tail}"
 
 
 def _against_largest(scheme: str, summary: Summary) -> Iterator[str]:
@@ -75,8 +77,8 @@ def _against_largest(scheme: str, summary: Summary) -> Iterator[str]:
     bound = percent(max((abs(d["difference"]) + d["interval"] for d in rest), default=0.0))
     if not losses and not gains:
         yield (
-            f"{scheme} shows no loss at small batches: at {_batches(rest)} its error lies within {bound} points "
-            f"of its own batch {reference}, and a change of up to that size is not ruled out."
+            f"{scheme} shows no loss at {_batches(rest)}: it stays within {bound} points of its own batch {reference}, "
+            "and a change of up to that size is not ruled out."
         )
         return
     said = []
