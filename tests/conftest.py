@@ -7,10 +7,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _same_start_for_every_test() -> Iterator[None]:
+def _same_start_for_every_test() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from anybatch import data
-from anybatch.data import Files, Images, Part, collate, load, load_image, parse_data
+from anybatch.data import Files, Images, Part, collate, load, load_image, parse_data, sets
+from anybatch.data.images import _reported, fit, shift_flip
+from anybatch.data.portions import balanced, set_aside
 from anybatch.recipe import Data
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -85,7 +87,7 @@ def test_float_images_come_back_as_they_are():
 def test_shift_and_flip_are_padding_by_reflection_and_cropping(dtype):
     x = torch.randint(0, 256, (16, 2, 5, 5)).to(dtype)
     torch.manual_seed(3)
-    got = data.shift_flip(x, 2, flip=True)
+    got = shift_flip(x, 2, flip=True)
     torch.manual_seed(3)
     moves, coins = torch.randint(-2, 3, (2, 16, 1)), torch.rand(16, 1) < 0.5
     padded = torch.nn.functional.pad(x.float(), (2, 2, 2, 2), mode="reflect").to(dtype)
@@ -99,9 +101,9 @@ def test_shift_and_flip_are_padding_by_reflection_and_cropping(dtype):
 def test_shift_by_hand(monkeypatch):
     row = torch.tensor([[1, 2, 3]]).expand(3, 3)[None, None]
     monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor([[[0]], [[-1]]]))
-    assert data.shift_flip(row, 1, flip=False)[0, 0, 0].tolist() == [2, 1, 2]
+    assert shift_flip(row, 1, flip=False)[0, 0, 0].tolist() == [2, 1, 2]
     monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor([[[0]], [[1]]]))
-    assert data.shift_flip(row, 1, flip=False)[0, 0, 0].tolist() == [2, 3, 2]
+    assert shift_flip(row, 1, flip=False)[0, 0, 0].tolist() == [2, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -237,9 +239,9 @@ def test_load_image_refuses(tmp_path):
 
 def test_fit_keeps_images_that_fit_and_keeps_their_dtype():
     x = torch.rand(3, 1, 4, 4)
-    assert data.fit(x, 4) is x
-    assert data.fit(x, 2).dtype == torch.float32
-    small = data.fit(torch.full((2, 3, 4, 10), 9, dtype=torch.uint8), 8)
+    assert fit(x, 4) is x
+    assert fit(x, 2).dtype == torch.float32
+    small = fit(torch.full((2, 3, 4, 10), 9, dtype=torch.uint8), 8)
     assert small.shape == (2, 3, 8, 8)
     assert small.unique().tolist() == [9]
 
@@ -249,10 +251,10 @@ def test_fit_keeps_images_that_fit_and_keeps_their_dtype():
 
 def test_balanced_takes_the_same_of_each_class_and_fills_up_from_the_larger_ones():
     labels = torch.tensor([0] * 2 + [1] * 5 + [2] * 9)
-    chosen, rest = data._balanced(labels, 9, torch.Generator().manual_seed(0))
+    chosen, rest = balanced(labels, 9, torch.Generator().manual_seed(0))
     assert labels[chosen].bincount().tolist() == [2, 4, 3]
     assert sorted(chosen.tolist() + rest.tolist()) == list(range(16))
-    more, _ = data._balanced(labels, 12, torch.Generator().manual_seed(0))
+    more, _ = balanced(labels, 12, torch.Generator().manual_seed(0))
     assert set(chosen.tolist()) < set(more.tolist())
 
 
@@ -260,7 +262,7 @@ def test_balanced_takes_the_same_of_each_class_and_fills_up_from_the_larger_ones
 def test_set_aside_takes_its_share_of_each_class(fraction):
     labels = torch.tensor([0] * 10 + [1] * 20 + [2] * 50 + [3])
     part = Part(torch.arange(81).reshape(81, 1, 1, 1), labels)
-    stays, aside = data.set_aside(part, fraction, 0)
+    stays, aside = set_aside(part, fraction, 0)
     assert abs(len(aside.labels) - fraction * 81) <= 0.5
     assert sorted(stays.images[:, 0, 0, 0].tolist() + aside.images[:, 0, 0, 0].tolist()) == list(range(81))
     for label, n in enumerate((10, 20, 50)):
@@ -272,7 +274,7 @@ def test_set_aside_takes_its_share_of_each_class(fraction):
 def test_set_aside_refuses_when_nothing_may_go():
     part = Part(torch.zeros(3, 1, 1, 1), torch.arange(3))
     with pytest.raises(ValueError, match=r"no image can be set aside.*one image a class \(3 in all\)"):
-        data.set_aside(part, 0.5, 0)
+        set_aside(part, 0.5, 0)
 
 
 # Digits
@@ -294,7 +296,7 @@ def test_digits_are_the_images_times_a_contrast_plus_a_shift():
 
     source = load_digits()
     raw = (source.images - source.images.mean()) / source.images.std()
-    whole = data.digits(Data(seed=4))
+    whole = sets.digits(Data(seed=4))
     assert whole.val is not None
     x = torch.cat([whole.train.images[:], whole.val.images[:]]).double().flatten(1)
     y = torch.cat([whole.train.labels, whole.val.labels])
@@ -610,7 +612,7 @@ def test_image_folders_refuse(tmp_path):
 
 def test_long_decoding_is_reported(tmp_path, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("anybatch.data.images.time.monotonic", lambda: next(clock))
     told = []
     load(
         Data(name="imagefolder", root=str(folders(tmp_path)), size=8),
@@ -618,9 +620,9 @@ def test_long_decoding_is_reported(tmp_path, monkeypatch):
     )
     assert told[0] == (1, 8, "decode images")
     assert told[-1] == (8, 8, "decode images")
-    monkeypatch.setattr(data.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr("anybatch.data.images.time.monotonic", lambda: 0.0)
     told.clear()
-    assert list(data._reported(range(3), "x", lambda *a: told.append(a))) == [0, 1, 2]
+    assert list(_reported(range(3), "x", lambda *a: told.append(a))) == [0, 1, 2]
     assert told == []
 
 
@@ -655,17 +657,17 @@ def test_fashion_mnist_from_its_files(tmp_path, inside, suffix):
 def test_idx_by_hand_and_its_refusals(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 2, 7, 9]))
-    assert data.read_idx(path).tolist() == [[7, 9]]
+    assert sets.read_idx(path).tolist() == [[7, 9]]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"is cut off: its header says \[1, 2\], 1 bytes follow"):
-        data.read_idx(path)
+        sets.read_idx(path)
     path.write_bytes(b"\x89PNG and more")
     with pytest.raises(ValueError, match=r"is not an IDX file of bytes; it starts with 89 50 4e 47"):
-        data.read_idx(path)
+        sets.read_idx(path)
     path = idx(tmp_path / "b.gz", np.zeros(100))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match=r"cannot read .*b\.gz: .*fetch it again"):
-        data.read_idx(path)
+        sets.read_idx(path)
 
 
 def test_fashion_mnist_files_must_agree(tmp_path):

@@ -64,9 +64,11 @@ def test_an_op_without_that_kernel_runs_its_reference(double: Op) -> None:
 
 
 def test_unknown_backend_is_refused_and_changes_nothing(double: Op) -> None:
-    with pytest.raises(ValueError, match=r"unknown backend 'fats'; known backends: auto, reference, fast, small"):
-        with backend("fats"):
-            pass
+    with (
+        pytest.raises(ValueError, match=r"unknown backend 'fats'; known backends: auto, reference, .*fast"),
+        backend("fats"),
+    ):
+        pass
     assert double(4) == ("fast", 8)
 
 

@@ -73,7 +73,7 @@ for order in {ORDERS!r}:
 def test_public_names() -> None:
     out = run(
         "import anybatch\n"
-        "for name in ('Recipe', 'Scheme', 'backend', 'create_model', 'list_models', 'scheme', 'layers', 'functional'):\n"
+        "for name in ('Recipe', 'Scheme', 'backend', 'create_model', 'list_models', 'layers', 'functional'):\n"
         "    assert getattr(anybatch, name) is not None, name\n"
         "    assert name in dir(anybatch) or name in ('layers', 'functional'), name\n"
         "try:\n    anybatch.nothing\nexcept AttributeError as error:\n    print(error)"

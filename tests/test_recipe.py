@@ -178,7 +178,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     with pytest.raises(ValueError, match=r"cannot read .*bad\.yaml: No such file or directory"):
         Recipe.read(path)
-    with pytest.raises(ValueError, match="cannot read .*: Is a directory"):
+    with pytest.raises(ValueError, match=r"cannot read .*: Is a directory"):
         Recipe.read(tmp_path)
     for text, message in [("a: [1", "is not YAML"), ("- 1", "must hold sections"), ("", "must hold sections")]:
         path.write_text(text, encoding="utf-8")

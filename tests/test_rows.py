@@ -181,7 +181,8 @@ def test_a_failed_write_takes_no_other_processs_row_along(path: Path, monkeypatc
     rows.append(path, ONE)
     write = os.write
     expected = [ONE, TWO]
-    code = "import json, pathlib, sys; from anybatch import rows; rows.append(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
+    code = "import json, pathlib, sys; from anybatch.rows import append; "
+    code += "append(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
 
     def after_another_process(file: int, data: bytes) -> int:
         try:

@@ -1,6 +1,9 @@
 """Runs: they learn, they go on after an interruption as if there had been none, and they say why they failed."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,3 +191,18 @@ def test_named_recipes_build(name):
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ValueError, match=r"unknown recipe 'cifar'; did you mean cifar10"):
         recipes.named("cifar")
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_image_each_are_one_with_two(tmp_path):
+    for devices in (1, 2):
+        command = [sys.executable, "-m", "anybatch.cli", "train", "digits-quick", "-b", str(2 // devices)]
+        command += ["--devices", str(devices), "--set", "train.precision=64-true", "--out", str(tmp_path / str(devices))]
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (rows.read(tmp_path / str(devices) / "rows.jsonl") for devices in (1, 2))
+    assert len(one) == len(two) == 1  # the second process writes nothing
+    assert one[0]["peak_lr"] == two[0]["peak_lr"]
+    for a, b in zip(one[0]["curve"], two[0]["curve"], strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-9)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-6)  # the metric is kept in float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -329,7 +330,10 @@ def train(
         },
     )
     folder = out or Path("runs") / f"{plan.model.name}-{plan.model.scheme}-{plan.data.name}"
-    row = live.train(plan, folder, err, tensorboard=tensorboard)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of several processes are silent
+    row = live.train(plan, folder, err if first else Console(quiet=True), tensorboard=tensorboard)
+    if not first:
+        return
     if row["status"] == "failed":
         raise UserError(f"{row['message']}; the row is in {folder / 'rows.jsonl'}")
     if as_json:

@@ -20,6 +20,7 @@ import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchmetrics import MeanMetric
@@ -207,10 +208,11 @@ class _Run(L.LightningModule):
         self.val_loss.update(F.cross_entropy(logits, y, reduction="none"))
 
     def on_validation_epoch_end(self) -> None:
+        train_loss = torch.stack(self._losses).mean()
         point: Evaluation = {
             "epoch": self.trainer.current_epoch + 1,
             "samples": self.samples,
-            "train_loss": torch.stack(self._losses).mean().item(),
+            "train_loss": float(self.trainer.strategy.reduce(train_loss, reduce_op="mean")),
             "val_loss": self.val_loss.compute().item(),
             "error": self.val_error.compute().item(),
         }
@@ -448,16 +450,18 @@ def counted_memory(module: _Run, x: Tensor, y: Tensor) -> int:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's advice on loaders and devices does not reach the user; its errors do."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", message=".*(LeafSpec|TreeSpec|lr_scheduler.step).*")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def run_in(
@@ -494,5 +498,6 @@ def run_in(
         row = run(recipe, out=out, loggers=loggers, tell=tell)
     except DivergedError as error:
         row = failed_row(recipe, "run", str(error), time.perf_counter() - began)
-    rows.append(out / "rows.jsonl", row)
+    if rank_zero_only.rank == 0:
+        rows.append(out / "rows.jsonl", row)
     return row

@@ -54,15 +54,19 @@ def test_only_schemes_with_batch_normalization_claim_nothing() -> None:
 # Promise 1: batch-free means batch-free.
 
 
+@pytest.mark.parametrize("choice", ["auto", "reference"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", BATCH_FREE, ids=str)
-def test_a_sample_alone_equals_the_sample_in_a_batch(case: SchemeCase, training: bool) -> None:
-    assert_alone_is_as_in_a_batch(case.network(torch.float64).train(training), images(4, dtype=torch.float64))
+def test_a_sample_alone_equals_the_sample_in_a_batch(case: SchemeCase, training: bool, choice: str) -> None:
+    with anybatch.backend(choice):
+        assert_alone_is_as_in_a_batch(case.network(torch.float64).train(training), images(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("choice", ["auto", "reference"])
 @pytest.mark.parametrize("case", BATCH_FREE, ids=str)
-def test_one_batch_of_4_gives_the_gradient_of_4_accumulated(case: SchemeCase) -> None:
-    assert_accumulation_gives_the_same_gradient(case.network(torch.float64), images(4, dtype=torch.float64))
+def test_one_batch_of_4_gives_the_gradient_of_4_accumulated(case: SchemeCase, choice: str) -> None:
+    with anybatch.backend(choice):
+        assert_accumulation_gives_the_same_gradient(case.network(torch.float64), images(4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("case", BATCH_BOUND, ids=str)

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -54,7 +53,8 @@ def overview(summary: Summary) -> Figure:
     """`figure` of a summary."""
     with mpl.rc_context(STYLE):
         drawn = _new(8.4, 4.1)
-        left, right = np.ravel(drawn.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.04))
+        halves: Any = drawn.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.04)
+        left, right = halves
         _draw_error(left.subplots(), summary)
         _draw_costs(right.subplots(2, 1, sharex=True), summary)
     return drawn
@@ -77,7 +77,7 @@ def costs(summary: Summary) -> Figure:
 
 
 def learning_curves(rows: Sequence[Row], summary: Summary) -> list[tuple[int, Figure]]:
-    """For each batch size, the error after each evaluation against the images seen: seeds faint, bold the mean of those that finished."""
+    """For each batch size, the error after each evaluation against images seen; thin: seeds, bold: their mean."""
     runs = [row for row in latest(rows) if row["purpose"] == "run" and row["curve"]]
     seen = [100 * point["error"] for row in runs for point in row["curve"] if math.isfinite(point["error"])]
     found: list[tuple[int, Figure]] = []
