@@ -182,6 +182,8 @@ def test_a_stopped_command_leaves_whole_rows_and_continues(tmp_path, sent):
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     summary = json.loads(again.stdout)
     assert len(summary["cells"]) == 2
-    assert all(cell["n"] == 2 and cell["mean"] is not None and cell["interval"] is not None for cell in summary["cells"])
+    assert all(
+        cell["n"] == 2 and cell["mean"] is not None and cell["interval"] is not None for cell in summary["cells"]
+    )
     ids = [row["id"] for row in rows.read(out / "rows.jsonl")]
     assert len(ids) == len(set(ids)) == 4

@@ -197,7 +197,14 @@ def test_unknown_recipe_names_the_nearest():
 def test_two_processes_with_one_image_each_are_one_with_two(tmp_path):
     for devices in (1, 2):
         command = [sys.executable, "-m", "anybatch.cli", "train", "digits-quick", "-b", str(2 // devices)]
-        command += ["--devices", str(devices), "--set", "train.precision=64-true", "--out", str(tmp_path / str(devices))]
+        command += [
+            "--devices",
+            str(devices),
+            "--set",
+            "train.precision=64-true",
+            "--out",
+            str(tmp_path / str(devices)),
+        ]
         subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = (rows.read(tmp_path / str(devices) / "rows.jsonl") for devices in (1, 2))
     assert len(one) == len(two) == 1  # the second process writes nothing

@@ -12,6 +12,11 @@ import os
 from pathlib import Path
 from typing import Any, TypedDict
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FORMAT = 1
 
 
@@ -84,6 +89,8 @@ def append(path: Path, row: Row) -> None:
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        if fcntl is not None:  # until the file is closed: cutting it back must not take another process's row along
+            fcntl.flock(file, fcntl.LOCK_EX)
         before = os.fstat(file).st_size
         try:
             written = os.write(file, line)
@@ -108,9 +115,13 @@ def read(path: Path) -> list[Row]:
     *lines, rest = path.read_bytes().split(b"\n")
     rows = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if rest.strip():  # a last line without its end: whole if it parses, else cut off half-way
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(_NoRowError):
             rows.append(_parse(rest, path, len(lines) + 1))
     return rows
+
+
+class _NoRowError(ValueError):
+    """A line that is not a row, unlike one of another version's format."""
 
 
 def repair(path: Path) -> str | None:
@@ -122,8 +133,8 @@ def repair(path: Path) -> str | None:
     if not rest:
         return None
     try:
-        _parse(rest, path, 0)
-    except ValueError:
+        _parse(rest, path, content.count(b"\n") + 1)
+    except _NoRowError:
         with path.open("r+b") as file:
             file.truncate(len(whole) + len(newline))
         return f"cut off a half-written last line of {len(rest)} bytes in {path}"
@@ -138,7 +149,7 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
     except (json.JSONDecodeError, UnicodeDecodeError):
         row = None
     if not isinstance(row, dict) or not {"format", "id", "status", "recipe", "curve"} <= row.keys():
-        raise ValueError(f"line {number} of {path} is not a row; mend or delete that line, the others are whole")
+        raise _NoRowError(f"line {number} of {path} is not a row; mend or delete that line, the others are whole")
     if row["format"] != FORMAT:
         raise ValueError(f"line {number} of {path} has format {row['format']}, this version reads {FORMAT}")
     return row  # pyright: ignore[reportReturnType] (a mapping with the keys of a row)

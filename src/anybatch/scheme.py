@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,12 @@ Factory = Callable[..., Any]
 PerDims = tuple[Factory, Factory, Factory]
 
 SLOTS = ("conv", "norm", "act", "norm_act", "residual", "init", "clip")
+
+
+def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
+    """Raise a `ValueError` unless an option is a number of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= at_most:
+        raise ValueError(f"{name}={value!r} is not a number from 0 to {at_most:g}")
 
 
 @dataclass(frozen=True)

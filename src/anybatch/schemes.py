@@ -115,6 +115,8 @@ def _parse_part(text: str, spec: str) -> Scheme:
         key, equals, value = (piece.strip() for piece in item.partition("="))
         if not equals:
             raise ValueError(f"cannot read the option {item!r} in scheme {spec!r}; write name=value")
+        if key in options:
+            raise ValueError(f"option {key!r} stands twice in scheme {spec!r}")
         options[key] = _literal(value)
     if match["groups"]:
         options["groups"] = _literal(match["groups"])
@@ -127,7 +129,7 @@ def _literal(text: str) -> Any:
     """A Python number or word; a word needs no quotes."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -138,13 +140,15 @@ def _part(name: str, options: dict[str, Any], spec: str) -> Scheme:
         raise unknown("part", name, PARTS, where=f" in scheme {spec!r}")
     options = {OPTION_ALIASES.get(option, option): value for option, value in options.items()}
     known = inspect.signature(PARTS[key]).parameters
-    for option in options:
+    for option in map(str, options):
         if option not in known:
             raise unknown(f"option of {key}", option, known, where=f" in scheme {spec!r}")
     try:
         made = PARTS[key](**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"scheme {spec!r}: {error}") from None
-    told = {option: value for option, value in options.items() if value != known[option].default}
+    told = {
+        option: options[option] for option in known if option in options and options[option] != known[option].default
+    }
     written = ",".join(f"{option}={value}" for option, value in told.items())
     return dataclasses.replace(made, name=f"{key}({written})" if written else key)

@@ -17,6 +17,10 @@ def _refusal(
     # 1000 it returns 1e3 where 1 is right (torch 2.15). For contiguous inputs it takes two passes.
     if not x.is_contiguous():
         return "x is not contiguous"
+    if x.dtype.itemsize < 4:
+        # Torch keeps mean and 1/std for backward in half precision: with |mean| / std of 100 no digit of a gradient
+        # would be right.
+        return f"x is {x.dtype}"
     if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
         return "weight or bias has another dtype than x"
     if x.dim() < 2 or groups < 1 or x.shape[1] % groups or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1:

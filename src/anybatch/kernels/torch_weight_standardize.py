@@ -9,6 +9,10 @@ from anybatch.methods.weight_standardization import weight_standardize
 
 
 def _refusal(weight: Tensor, *, eps: float = 1e-6) -> str | None:
+    if weight.dtype.itemsize < 4:
+        # Torch keeps mean and 1/std for backward in half precision: with |mean| / std of 100 no digit of a gradient
+        # would be right.
+        return f"weight is {weight.dtype}"
     if not weight.is_contiguous():
         return "weight is not contiguous"
     if weight.dim() < 2 or weight[0].numel() <= 1:

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_number
 
 
 def bn(*, momentum: float = 0.1, eps: float = 1e-5) -> Scheme:
@@ -17,6 +17,8 @@ def bn(*, momentum: float = 0.1, eps: float = 1e-5) -> Scheme:
     Source:
         Ioffe and Szegedy 2015, "Batch Normalization", arXiv:1502.03167, algorithm 1.
     """
+    check_number("momentum", momentum, at_most=1)
+    check_number("eps", eps)
     layers = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     one_d, two_d, three_d = (partial(layer, momentum=momentum, eps=eps) for layer in layers)
     return Scheme(name="bn", norm=(one_d, two_d, three_d), batch_independent=False, sources=("arXiv:1502.03167",))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_number
 
 Groups = int | Literal["auto"]
 
@@ -167,7 +167,10 @@ class GroupNorm(nn.Module):
 
 def gn(groups: Groups = 32, *, group_size: int | None = None, eps: float = 1e-5) -> Scheme:
     """Group normalization after plain convolutions."""
-    if group_size is None and groups != "auto" and not (isinstance(groups, int) and groups > 0):
+    check_number("eps", eps)
+    if group_size is not None and groups != 32:
+        raise ValueError(f"groups={groups!r} and group_size={group_size!r} exclude each other; give one")
+    if groups != "auto" and not (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0):
         raise ValueError(f"groups={groups!r} is neither a number above 0 nor 'auto'")
     if group_size is not None and not (isinstance(group_size, int) and group_size > 0):
         raise ValueError(f"group_size={group_size!r} is not a number above 0")
@@ -180,6 +183,7 @@ def gn(groups: Groups = 32, *, group_size: int | None = None, eps: float = 1e-5)
 
 def ln(*, eps: float = 1e-5) -> Scheme:
     """Layer normalization over (C, *) with a scale for each channel, as the GroupNorm paper compares it."""
+    check_number("eps", eps)
     return Scheme(
         name="ln", norm=partial(GroupNorm, num_groups=1, eps=eps), sources=("arXiv:1607.06450", "arXiv:1803.08494")
     )
@@ -187,4 +191,5 @@ def ln(*, eps: float = 1e-5) -> Scheme:
 
 def in_(*, eps: float = 1e-5) -> Scheme:
     """Instance normalization with a scale for each channel; refuses 1 x 1 maps, which it would erase."""
+    check_number("eps", eps)
     return Scheme(name="in", norm=partial(GroupNorm, group_size=1, eps=eps), sources=("arXiv:1607.08022",))

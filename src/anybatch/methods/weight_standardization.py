@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_number
 
 
 @op
@@ -98,5 +98,6 @@ class WSConv3d(_WSConv, nn.Conv3d):
 
 def ws(*, eps: float = 1e-6) -> Scheme:
     """Weight Standardization in every convolution; a norm must follow, as in ``ws+gn``."""
+    check_number("eps", eps)
     one_d, two_d, three_d = (partial(layer, eps=eps) for layer in (WSConv1d, WSConv2d, WSConv3d))
     return Scheme(name="ws", conv=(one_d, two_d, three_d), needs_norm=True, sources=("arXiv:1903.10520",))

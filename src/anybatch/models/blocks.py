@@ -70,9 +70,9 @@ class Pieces:
             bias=bias,
         )
 
-    def act(self) -> nn.Module:
+    def act(self, *, inplace: bool = True) -> nn.Module:
         """An activation that no norm of the same scheme brings along."""
-        return nn.ReLU(inplace=True) if self.scheme.act is None else self.scheme.act()
+        return nn.ReLU(inplace=inplace) if self.scheme.act is None else self.scheme.act()
 
     def norm(self, channels: int, *, last_in_branch: bool = False) -> nn.Module:
         """A norm with no activation behind it; at the end of a residual branch its scale starts at 0."""
@@ -86,7 +86,8 @@ class Pieces:
         """A norm and the activation behind it; where one layer does both, the second is the identity."""
         if self.scheme.norm_act is not None:
             return self._of_dims(self.scheme.norm_act)(channels), nn.Identity()
-        return self.norm(channels), self.act()
+        # Behind no norm it would overwrite what went into the norm, which a pre-activated block's skip still needs.
+        return self.norm(channels), self.act(inplace=self.scheme.norm is not None)
 
     def join(self) -> Join:
         """The next block's join, in the order of the blocks."""
