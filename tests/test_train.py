@@ -158,7 +158,7 @@ def test_settings_run(changes):
 
 
 def test_counted_memory_by_hand():
-    """Linear layer without bias, plain SGD: weights and gradients twice 6 floats, and 2 x 3 inputs, and the loss's own."""
+    """Linear layer, plain SGD: weights and gradients twice 6 floats, 4 x 3 inputs, and what the loss keeps."""
 
     class Run:
         recipe = tiny(optim__momentum=0.0)

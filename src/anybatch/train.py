@@ -7,6 +7,7 @@ import copy
 import importlib.metadata
 import logging
 import math
+import os
 import platform
 import time
 import warnings
@@ -20,7 +21,6 @@ import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchmetrics import MeanMetric
@@ -498,6 +498,6 @@ def run_in(
         row = run(recipe, out=out, loggers=loggers, tell=tell)
     except DivergedError as error:
         row = failed_row(recipe, "run", str(error), time.perf_counter() - began)
-    if rank_zero_only.rank == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes the first writes
         rows.append(out / "rows.jsonl", row)
     return row
