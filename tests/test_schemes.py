@@ -129,7 +129,7 @@ def test_every_part_has_its_own_name(name: str) -> None:
     [
         ("gm", r"unknown part 'gm' in scheme 'gm'; did you mean gn\?"),
         ("ws+grupnorm", r"unknown part 'grupnorm' in scheme 'ws\+grupnorm'.*Known: bn, gn, in, ln, none, ws"),
-        ("gn(group=8)", r"unknown option of gn 'group' in scheme 'gn\(group=8\)'; did you mean groups"),
+        ("gn(group=8)", r"unknown option of gn 'group' in scheme 'gn\(group=8\)'; did you mean group_size or groups"),
         ("bn:16", r"unknown option of bn 'groups' in scheme 'bn:16'.*Known: eps, momentum"),
         ("bn+gn", "'bn' and 'gn' both fill the slot 'norm'"),
         ("ws+gn+ws", r"'ws\+gn' and 'ws' both fill the slot 'conv'"),

@@ -11,9 +11,12 @@ def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> Va
 
     >>> print(unknown("scheme part", "gm", ["bn", "gn"]))
     unknown scheme part 'gm'; did you mean gn? Known: bn, gn
+    >>> print(unknown("model", "resnext50", ["resnet50", "resnext50_32x4d"]))
+    unknown model 'resnext50'; did you mean resnext50_32x4d or resnet50? Known: resnet50, resnext50_32x4d
     """
     names = sorted(known)
-    near = difflib.get_close_matches(got.lower(), names, n=3, cutoff=0.5)
+    begun = [name for name in names if got and name.startswith(got.lower())]
+    near = list(dict.fromkeys(begun + difflib.get_close_matches(got.lower(), names, n=3, cutoff=0.5)))[:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else ";"
     shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
     return ValueError(f"unknown {what} {got!r}{where}{hint} Known: {', '.join(shown)}")
