@@ -56,7 +56,7 @@ def test_help_is_quick_and_loads_no_torch():
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "heavy: []" in told
     assert "compare" in told
-    assert time.perf_counter() - began < 10  # loosely: a loaded machine may take its time, torch alone takes longer
+    assert time.perf_counter() - began < 5  # 0.4 s here; loose for a loaded machine
 
 
 def test_train_eval_predict_on_arrays(call, arrays):
@@ -72,7 +72,6 @@ def test_train_eval_predict_on_arrays(call, arrays):
     assert code == 0
     assert json.loads(out)["error"] == pytest.approx(row["error"], abs=1e-6)
     code, out, _ = call("eval", "run")
-    assert "% ," not in out
     assert "on 20 images" in out
 
     bright = arrays / "images" / "val" / "bright"
@@ -121,6 +120,9 @@ def test_compare_prints_one_json_object(call, arrays):
     code, _, err = call(*words, "--out", "study", "--set", "optim.lr=1")
     assert code == 2
     assert "holds another study" in err
+    code, _, err = call("compare", "--study", "study/study.yaml", "--out", "study", "--seeds", 3)
+    assert code == 2
+    assert "leave out --seeds" in err
     code, out, err = call("compare", "--study", "study/study.yaml", "--out", "study")  # nothing is left to do
     assert code == 0, err
     assert "report: study/report.html" in out
@@ -144,6 +146,10 @@ def test_compare_prints_one_json_object(call, arrays):
         (["compare", "--seeds", "0"], "--seeds"),
         (["compare", "--model", "resnet9"], "unknown model 'resnet9'; did you mean resnet8"),
         (["compare", "--study", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["compare", "--set", "train.seed=3"], "a study varies train.seed; give --seeds"),
+        (["compare", "--set", "model.options.width=abc"], "option width of resnet8 must be a whole number, got 'abc'"),
+        (["compare", "--set", "train.devices=2"], "one device each"),
+        (["compare", "--data", "imagefolder:nowhere"], "needs a folder with train/ and val/"),
         (["compare", "--set", "optim.lr"], "--set takes key=value"),
         (["compare", "--set", "optim.lrr=1"], "did you mean lr?"),
         (["compare", "--lr", "-1"], "optim.lr"),
@@ -178,13 +184,18 @@ def test_other_data_is_refused_by_its_classes(call, arrays):
     call("train", "--data", arrays / "two.npz", "--val-fraction", 0.2, "--epochs", 1, "--out", "run")
     code, _, err = call("eval", "run", "--data", "digits")
     assert code == 2
-    assert "the images have 1 channel, the model was trained on 3" in err
+    assert "digits holds images that come normalized, the model was trained on the other kind" in err
     call("train", "--data", "digits", "--epochs", 1, "-b", 64, "--out", "grey")
     generator = np.random.default_rng(0)
     np.savez("grey.npz", x=generator.integers(0, 255, (9, 8, 8), dtype=np.uint8), y=np.arange(9) % 3)
     code, _, err = call("eval", "grey", "--data", "grey.npz", "--set", "data.val_fraction=0.5")
     assert code == 2
-    assert "knows the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; the data has 0, 1, 2" in err
+    assert "arrays holds images of whole numbers 0..255, the model was trained on the other kind" in err
+    call("train", "--data", "grey.npz", "--val-fraction", 0.4, "--epochs", 1, "-b", 2, "--out", "three")
+    np.savez("two.npz", x=generator.integers(0, 255, (9, 8, 8), dtype=np.uint8), y=np.arange(9) % 2)
+    code, _, err = call("eval", "three", "--data", "two.npz", "--set", "data.val_fraction=0.5")
+    assert code == 2
+    assert "knows the classes 0, 1, 2; the data has 0, 1" in err
 
 
 def test_an_unreadable_image_is_named_and_skipped_on_request(call, arrays, tmp_path):

@@ -594,7 +594,7 @@ def test_image_folders_refuse(tmp_path):
             load(Data(name="imagefolder", root=None if root is None else str(root)))
         return str(caught.value)
 
-    assert "imagefolder needs a folder of images" in refusal(None)
+    assert "imagefolder needs a folder with train/ and val/" in refusal(None)
     assert "is not there; imagefolder needs a folder" in refusal(tmp_path / "none")
     assert "is a file; imagefolder needs a folder" in refusal(save(tmp_path / "a.png", 1))
     (tmp_path / "empty").mkdir()

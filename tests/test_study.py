@@ -42,7 +42,7 @@ def test_trials_share_one_budget_and_never_see_the_evaluation_images():
     for scheme, size in s.cells():
         trials = s.trials(scheme, size)
         base = s.base.optim.lr
-        assert [t.optim.lr for t in trials] == pytest.approx([base / 4, base, base * 4])
+        assert [t.optim.lr for t in trials] == pytest.approx([base / 2, base, base * 2])
         assert all(t.data.holdout == study.TUNE_HOLDOUT and t.train.seed not in s.seeds for t in trials)
 
 
@@ -76,10 +76,14 @@ def test_wrong_studies_are_named(changes, message):
 def test_what_cannot_work_is_told_before_anything_runs():
     with pytest.raises(ValueError, match="groups=32 does not divide 16 channels"):
         study.check(small(base=recipes.quick(recipes.digits()).replace({"model.options": {}})))
-    with pytest.raises(ValueError, match=r"batch_size=128 is larger than the 64 training images"):
+    with pytest.raises(ValueError, match=r"more than the 64 training images|larger than the 64 training images"):
         study.check(small(batch_sizes=[2, 128]))
+    with pytest.raises(ValueError, match=r"more than the 51 training images|larger than the 51 training images"):
+        study.check(small(batch_sizes=[60], tune=2))
     with pytest.raises(ValueError, match="unknown part"):
         study.check(small(schemes=["bm"]))
+    with pytest.raises(ValueError, match="one device each"):
+        study.check(small(base=recipes.quick(recipes.digits()).replace({"train.devices": 2})))
 
 
 def test_a_study_runs_continues_and_repeats(tmp_path):
@@ -131,7 +135,7 @@ def test_a_killed_worker_is_a_row_too(tmp_path):
     done = study.run(s, tmp_path, jobs=1, on_event=kill)
     assert killed
     assert [row["status"] for row in done] == ["failed", "ok"]
-    assert "killed" in done[0]["message"]
+    assert "ended abruptly" in done[0]["message"]
 
 
 def test_another_study_in_the_folder_is_refused(tmp_path):
@@ -142,8 +146,8 @@ def test_another_study_in_the_folder_is_refused(tmp_path):
 
 
 def test_rows_of_unknown_origin_are_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"holds rows of something else"):
+    (tmp_path / "report.html").write_text("precious")
+    with pytest.raises(ValueError, match=r"not empty and holds no study\.yaml"):
         study.claim(small(), tmp_path)
 
 
@@ -168,7 +172,13 @@ def test_a_stopped_command_leaves_whole_rows_and_continues(tmp_path, sent):
     out = tmp_path / "study"
     command = [sys.executable, "-m", "anybatch.cli", "compare", "--schemes", "gn", "--batch-sizes", "2,32"]
     command += ["--seeds", "2", "--epochs", "1", "--out", str(out), "--json", "--jobs", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+    )
     wait_for_rows(out / "rows.jsonl", 1, process)
     process.send_signal(sent)
     _, told = process.communicate(timeout=60)

@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 
-from anybatch import checkpoint, data, recipes, rows, train
+from anybatch import checkpoint, data, driver, recipes, rows, step, train
 from anybatch.recipe import Recipe
 from anybatch.rows import Row
 
@@ -47,7 +49,7 @@ def test_a_run_repeats_exactly_and_another_seed_differs():
 def test_reported_error_is_that_of_the_saved_model(tmp_path):
     row = train.run_in(tiny(), tmp_path / "run")
     model, facts = checkpoint.load_model(tmp_path / "run")
-    error, loss = train.evaluate(model, data.load(tiny().data).val)
+    error, loss = step.evaluate(model, data.load(tiny().data).val)
     assert error == pytest.approx(row["error"], abs=1e-9)
     assert loss == pytest.approx(row["curve"][-1]["val_loss"], rel=1e-4)
     assert facts.error == row["error"]
@@ -86,14 +88,14 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, changes):
     recipe = tiny(schedule__epochs=3, **changes)
     uninterrupted = train.run(recipe)
 
-    def stop(progress: train.Progress) -> None:
-        if progress.samples > 2 * 64 + 16:
+    def stop(progress: driver.Progress) -> None:
+        if progress.samples > progress.total * 2 // 3 + 16:  # within the third epoch
             raise _StopError
 
-    reporter = train._Reporter.on_train_batch_end  # told at every step, not a few times a second
+    reporter = driver.Reporter.on_train_batch_end  # told at every step, not a few times a second
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            train._Reporter,
+            driver.Reporter,
             "on_train_batch_end",
             lambda self, *args, **kwargs: (setattr(self, "last", 0.0), reporter(self, *args, **kwargs)),
         )
@@ -104,6 +106,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, changes):
     assert resumed["curve"] == uninterrupted["curve"]
     assert not (tmp_path / "run" / "resume.safetensors").exists()
     assert len(rows.read(tmp_path / "run" / "rows.jsonl")) == 1
+    table = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["epoch", "1", "2", "3"]
 
 
 def test_a_damaged_state_is_named(tmp_path):
@@ -137,6 +141,72 @@ def test_a_diverging_run_stops_and_its_row_says_so(tmp_path):
     assert rows.read(tmp_path / "run" / "rows.jsonl") == [row]
 
 
+def test_a_refused_recipe_does_not_claim_the_folder(tmp_path):
+    for wrong in (
+        {"data__batch_size": 100},
+        {"model__name": "resnet9"},
+        {"optim__lr": 1e6, "optim__lr_scaling": "none"},
+    ):
+        recipe = tiny(**wrong, model__scheme="none")
+        try:
+            assert train.run_in(recipe, tmp_path / "run")["status"] == "failed"
+        except ValueError:
+            assert not (tmp_path / "run").exists()
+    assert train.run_in(tiny(), tmp_path / "run")["status"] == "ok"
+
+
+def test_a_failed_run_tells_what_it_knows():
+    row = train.run(tiny(optim__lr=1e6, model__scheme="none", optim__lr_scaling="none"))
+    assert row["status"] == "failed"
+    assert row["data"]["train_images"] == 64
+    assert row["device"]
+
+
+def test_an_interrupt_reaches_the_caller(tmp_path):
+    def stop(progress: driver.Progress) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.run_in(tiny(), tmp_path / "run", tell=stop)
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning switches it off
+    assert train.run_in(tiny(), tmp_path / "run")["status"] == "ok"
+
+
+def test_every_batch_is_whole_and_seeds_see_orders_of_their_own():
+    recipe = tiny(data__train_size=61, data__batch_size=4, data__accumulate=3)
+    epoch = driver.Epoch.of(recipe, 61)
+    assert (epoch.batches, epoch.steps, epoch.samples) == (15, 5, 60)
+    assert train.run(recipe)["curve"][-1]["samples"] == 120
+    sizes = []
+    watched = driver.training_loss
+
+    def watch(model, x, y, **options):
+        sizes.append(len(y))
+        return watched(model, x, y, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "training_loss", watch)
+        train.run(recipe)
+    assert set(sizes) == {4}
+    orders = {}
+    for seed in (0, 1):
+        sampler = driver.EpochSampler(range(61), 1, 0, seed)
+        for epoch_index in (0, 1):
+            sampler.set_epoch(epoch_index)
+            orders[seed, epoch_index] = tuple(sampler)
+    assert len(set(orders.values())) == 4
+    with pytest.raises(ValueError, match=r"a step takes 64 images .* more than the 61 training images"):
+        driver.Epoch.of(tiny(data__batch_size=16, data__accumulate=4), 61)
+
+
+def test_memory_follows_the_precision():
+    whole, half = (train.run(tiny(train__precision=p))["peak_memory"] for p in ("32-true", "bf16-mixed"))
+    assert half < whole
+
+
 def test_evaluation_can_be_rarer_but_the_last_epoch_always_is():
     row = train.run(tiny(schedule__epochs=5, train__eval_every=2))
     assert [point["epoch"] for point in row["curve"]] == [2, 4, 5]
@@ -149,6 +219,7 @@ def test_evaluation_can_be_rarer_but_the_last_epoch_always_is():
         {"train__precision": "bf16-mixed"},
         {"train__label_smoothing": 0.1, "optim__clip_norm": 1.0},
         {"optim__nesterov": True, "schedule__name": "constant"},
+        {"train__precision": "bf16-mixed", "optim__clip_norm": 1.0},
         {"data__workers": 2},
     ],
     ids=str,
@@ -164,19 +235,22 @@ def test_counted_memory_by_hand():
         recipe = tiny(optim__momentum=0.0)
         model = torch.nn.Linear(3, 2, bias=False)
 
+    trainer = lightning.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+
     x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
     # kept: x (48 bytes), log-softmax (4 x 2 floats), y (32 bytes), total weight of the loss (a float)
-    assert train.counted_memory(Run(), x, y) == 2 * 24 + 48 + 32 + 32 + 4
+    assert train.counted_memory(Run(), x, y, trainer) == 2 * 24 + 48 + 32 + 32 + 4
 
 
 def test_counting_draws_nothing_and_changes_nothing():
     recipe = tiny()
     torch.manual_seed(0)
     model = recipe.model.build(num_classes=10, in_chans=1)
-    run = train._Run(model, recipe, 1)
+    run = driver.Run(model, recipe, driver.Epoch(1, 1, 2))
+    trainer = lightning.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    train.counted_memory(run, torch.randn(2, 1, 8, 8, generator=torch.Generator()), torch.tensor([0, 1]))
+    train.counted_memory(run, torch.randn(2, 1, 8, 8, generator=torch.Generator()), torch.tensor([0, 1]), trainer)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training

@@ -37,7 +37,19 @@ def scheme(spec: str | Scheme | Mapping[str, Any] | tuple[str, Mapping[str, Any]
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in ("data", "functional", "layers", "models", "optim", "recipes", "report", "rows", "study", "train"):
+    if name in (
+        "data",
+        "functional",
+        "layers",
+        "models",
+        "optim",
+        "recipes",
+        "report",
+        "rows",
+        "step",
+        "study",
+        "train",
+    ):
         return importlib.import_module(f"anybatch.{name}")
     raise AttributeError(f"module 'anybatch' has no attribute {name!r}")
 

@@ -8,7 +8,6 @@ state of training, nested dictionaries and all, in one file that is replaced ato
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from anybatch.files import replace_file, write_file
 from anybatch.recipe import Recipe
 
 _STATE = "anybatch_state"
@@ -44,36 +44,19 @@ class ModelFacts:
     version: str
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by new content whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors whole or not at all; tensors that share memory are written twice."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(own, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        replace_file(path, lambda temporary: save_file(own, temporary, metadata=metadata))
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_model(model: nn.Module, facts: ModelFacts, folder: Path) -> None:
     """Write ``model.safetensors`` and ``model.json`` into the folder."""
     _save_tensors(model.state_dict(), folder / MODEL)
-    write_atomically(folder / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
+    write_file(folder / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelFacts]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -77,7 +78,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        _fail(error)
+        sys.exit(_told(error))
     sys.exit(code or 0)
 
 
@@ -85,14 +86,17 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(error: Exception) -> NoReturn:
-    message = error.format_message() if hasattr(error, "format_message") else str(error)  # pyright: ignore[reportAttributeAccessIssue]
-    expected = isinstance(error, UserError | ValueError | OSError) or hasattr(error, "format_message")
-    text = " ".join(message.split()) or type(error).__name__
-    if not expected:
+def _told(error: Exception) -> int:
+    """Print an error in one line; 2 for a user's mistake, 1 for a fault of ours."""
+    usage = getattr(error, "format_message", None)  # typer's own errors have it
+    text = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
+    ours = usage is None and not isinstance(error, UserError | ValueError | OSError)
+    if ours:
         text = f"{type(error).__name__}: {text} (this looks like a fault of anybatch; --debug shows where)"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text += "; what was written before is whole: make room and give the same command again"
     err.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(2)
+    return 1 if ours else 2
 
 
 def _split(text: str) -> list[str]:
@@ -127,6 +131,8 @@ def _recipe(
     else:
         recipe = base
         changes = {"data.root": data_root, **changes}
+    if changes.get("model.name") not in (None, recipe.model.name):
+        recipe = recipe.replace({"model.options": {}})  # they were meant for the recipe's own network
     changes = {path: value for path, value in changes.items() if value is not None}
     for item in sets or []:
         path, equals, value = item.partition("=")
@@ -149,6 +155,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def compare(
+    ctx: typer.Context,
     data: Data = None,
     data_root: DataRoot = None,
     schemes: Annotated[
@@ -171,7 +178,7 @@ def compare(
         Path | None,
         typer.Option(
             "--study",
-            help="A study.yaml to repeat; of the options only --data-root, --out and --jobs then count.",
+            help="A study.yaml to repeat, with its data in --data-root and a folder in --out.",
             rich_help_panel="Study",
         ),
     ] = None,
@@ -203,6 +210,10 @@ def compare(
 
     if study_file is not None:
         plan = study.Study.read(study_file)
+        free = {"study_file", "data_root", "out", "jobs", "retry_failed", "as_json", "debug"}
+        for name in ctx.params.keys() - free:
+            if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE":
+                raise UserError(f"--study repeats a study as it is; leave out --{name.replace('_', '-')}")
         if data_root is not None:
             plan = plan.model_copy(update={"base": plan.base.replace({"data.root": data_root})})
     else:
@@ -222,6 +233,10 @@ def compare(
                 "train.precision": precision,
             },
         )
+        axes = {"model.scheme": "--schemes", "data.batch_size": "--batch-sizes", "train.seed": "--seeds"}
+        for item in sets or []:
+            if (path := item.partition("=")[0].strip()) in axes:
+                raise UserError(f"a study varies {path}; give {axes[path]} in place of --set {path}")
         plan = study.Study.make(
             base=base,
             schemes=_canonical(_split(schemes)),
@@ -250,6 +265,8 @@ def compare(
         _print_json(summary)
     else:
         live.print_summary(out_console, summary, folder)
+    if all(row["status"] == "failed" for row in rows):
+        raise typer.Exit(1)
 
 
 def _canonical(schemes: list[str]) -> list[str]:
@@ -261,9 +278,15 @@ def _canonical(schemes: list[str]) -> list[str]:
 def _write_report(report: Any, plan: Any, folder: Path, rows: list[Any], jobs: int) -> dict[str, Any]:
     total = len(plan.runs({}))
     done = sum(row["purpose"] == "run" for row in rows)
-    notes = [f"Runs went side by side, {jobs} at a time: compare speeds within this report only."] if jobs > 1 else []
+    notes = [f"Runs went side by side, {jobs} at a time, and slowed each other: speeds are rough."] if jobs > 1 else []
     if done < total:
         notes.append(f"Partial: {done} of {total} runs are done.")
+    edges = plan.at_the_edge({row["id"]: row for row in rows})
+    if edges and done == total:
+        cells = ", ".join(f"{scheme} at batch {size}" for scheme, size in edges)
+        notes.append(
+            f"The best learning rate was the lowest or highest tried for {cells}; more trials may find better."
+        )
     data = plan.base.data.name
     return report.write(
         rows,
@@ -331,7 +354,12 @@ def train(
     )
     folder = out or Path("runs") / f"{plan.model.name}-{plan.model.scheme}-{plan.data.name}"
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of several processes are silent
-    row = live.train(plan, folder, err if first else Console(quiet=True), tensorboard=tensorboard)
+    try:
+        row = live.train(plan, folder, err if first else Console(quiet=True), tensorboard=tensorboard)
+    except KeyboardInterrupt:
+        if first:
+            err.print(f"interrupted: the same command goes on from the last whole epoch in {folder}", style="yellow")
+        raise typer.Exit(130) from None
     if not first:
         return
     if row["status"] == "failed":
@@ -361,8 +389,8 @@ def evaluate(
     """Error and loss of a trained model on its own evaluation images, or on those of other data."""
     from anybatch import checkpoint
     from anybatch import data as datasets
-    from anybatch import train as training
     from anybatch.recipe import Recipe
+    from anybatch.step import evaluate as measure
 
     model, facts = checkpoint.load_model(run)
     own = Recipe.parse(facts.recipe)
@@ -380,11 +408,17 @@ def evaluate(
         raise UserError(
             f"{run} knows the classes {', '.join(facts.classes[:10])}; the data has {', '.join(split.classes[:10])}"
         )
-    error, loss = training.evaluate(model, split.val, batch_size=recipe.data.eval_batch_size)
+    error, loss = measure(model, split.val, batch_size=recipe.data.eval_batch_size)
     if as_json:
         _print_json({"error": error, "loss": loss, "images": len(split.val), "data": split.name})
     else:
         out_console.print(f"error {100 * error:.2f} %, loss {loss:.4f} on {len(split.val)} images", highlight=False)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    from anybatch.data import SUFFIXES
+
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 @app.command()
@@ -408,9 +442,7 @@ def predict(
             f"{run} was trained on images that come normalized ({facts.recipe['data']['name']}), a form to which image "
             f"files cannot be brought; train on image files or uint8 arrays to predict"
         )
-    files = [
-        file for path in images for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not file.is_dir()
-    ]
+    files = [file for path in images for file in (_image_files(path) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"no image files in {', '.join(map(str, images))}")
     found: list[dict[str, Any]] = []

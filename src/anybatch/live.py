@@ -29,6 +29,7 @@ class Display:
         self.console, self.study, self.out = console, study, out
         self.total = self.done = 0
         self.errors: dict[tuple[str, int], list[float | None]] = defaultdict(list)
+        self.ended: set[str] = set()
         self.under_way: dict[str, tuple[Recipe, float, float | None]] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -59,7 +60,7 @@ class Display:
         if event.kind == "plan":
             self.total = event.total
             self.progress.update(self.task, total=event.total, description="study")
-        elif event.kind == "progress" and event.recipe is not None:
+        elif event.kind == "progress" and event.recipe is not None and event.recipe.id not in self.ended:
             self.under_way[event.recipe.id] = event.recipe, event.samples / max(1, event.total), event.error
         elif event.kind == "row" and event.row is not None:
             self._ended(event.row)
@@ -70,6 +71,7 @@ class Display:
 
     def _ended(self, row: Row) -> None:
         self.done += 1
+        self.ended.add(row["id"])  # its last progress may be told after it
         self.under_way.pop(row["id"], None)
         recipe = row["recipe"]
         if row["purpose"] == "run":
@@ -149,9 +151,10 @@ def train(recipe: Recipe, out: Path, console: Console, *, tensorboard: bool = Fa
         task = progress.add_task(f"loading {recipe.data.name}", total=None)
         last = [time.monotonic()]
 
+        from anybatch import driver
         from anybatch import train as training
 
-        def tell(state: training.Progress) -> None:
+        def tell(state: driver.Progress) -> None:
             error = "" if state.error is None else f", error {100 * state.error:.1f} %"
             progress.update(
                 task,

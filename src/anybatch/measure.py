@@ -16,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 def multiply_adds(model: nn.Module, x: Tensor) -> int:
     """Multiply-adds of convolutions and matrix products in a forward pass over ``x``, in evaluation mode."""
     was_training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x)
-    model.train(was_training)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(x)
+    finally:
+        model.train(was_training)
     return counter.get_total_flops() // 2
 
 

@@ -34,8 +34,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over the model's parameters, at the peak learning rate."""
     o = recipe.optim
     groups = param_groups(model, o.weight_decay, decay_all=o.decay_all)
-    # Under a gradient scaler a fused step sees scaled gradients, which clipping then could not treat rightly.
-    fused = recipe.train.precision != "16-mixed"
+    # A fused step under mixed precision undoes the gradients' scale by itself, too late for clipping.
+    fused = not recipe.train.precision.endswith("-mixed")
     if o.name == "sgd":
         return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=o.momentum, nesterov=o.nesterov, fused=fused)
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(o.momentum, 0.999), fused=fused)

@@ -124,7 +124,7 @@ class Recipe(_Section):
     4
     """
 
-    model: Model = Field(default_factory=Model)
+    model: Model = Field(default_factory=lambda: Model(options={"width": 32}))
     data: Data = Field(default_factory=Data)
     optim: Optim = Field(default_factory=Optim)
     schedule: Schedule = Field(default_factory=Schedule)
@@ -174,10 +174,14 @@ class Recipe(_Section):
         """The whole recipe; `read` gives it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def essence(self) -> dict[str, Any]:
+        """All values on which a result depends: where the data lies and how it is fetched do not count."""
+        return self.model_dump(mode="json", exclude={"data": {"root", "workers", "eval_batch_size"}})
+
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits that stand for every value of the recipe."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Twelve hexadecimal digits that stand for the recipe's `essence`."""
+        text = json.dumps(self.essence(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property

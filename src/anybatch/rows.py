@@ -27,7 +27,8 @@ class Evaluation(TypedDict):
     samples: int
     """Training images seen so far, repeats counted."""
     train_loss: float
-    val_loss: float
+    val_loss: float | None
+    """Mean cross-entropy of the evaluated images; None where it is no finite number."""
     error: float
     """Share of the evaluated images that are wrong, 0 to 1."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from anybatch import rows
+from anybatch.files import write_file
 from anybatch.recipe import Recipe, explain, read_yaml
 from anybatch.rows import Row
 
@@ -41,7 +43,7 @@ class Study(BaseModel):
     batch_sizes: tuple[int, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     tune: int = Field(default=0, ge=0)
-    """Learning rates tried for each scheme and batch size: factors from 1/4 to 4, evenly spaced in their logarithm."""
+    """Learning rates tried for each scheme and batch size: the base's and its neighbours by factors of 2."""
 
     @field_validator("schemes", "batch_sizes", "seeds")
     @classmethod
@@ -67,6 +69,9 @@ class Study(BaseModel):
         """The whole study; `read` gives it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def _essence(self) -> dict[str, Any]:
+        return {**self.model_dump(mode="json", exclude={"base"}), "base": self.base.essence()}
+
     def cells(self) -> Iterator[tuple[str, int]]:
         """Each scheme at each batch size, the smallest and slowest batches first."""
         for batch_size in sorted(self.batch_sizes):
@@ -86,8 +91,7 @@ class Study(BaseModel):
 
     def trials(self, scheme: str, batch_size: int) -> list[Recipe]:
         """The runs that choose a cell's learning rate."""
-        span = range(self.tune)
-        factors = [4.0 ** (2 * i / (self.tune - 1) - 1) for i in span] if self.tune > 1 else [1.0 for _ in span]
+        factors = [2.0 ** (i - (self.tune - 1) // 2) for i in range(self.tune)]
         return [
             self.recipe(scheme, batch_size, TUNE_SEED, self.base.optim.lr * factor).replace(
                 {"data.holdout": TUNE_HOLDOUT}
@@ -101,8 +105,19 @@ class Study(BaseModel):
         finished = [row for row in tried if row["error"] is not None]
         if not finished:
             return self.base.optim.lr
-        best = min(finished, key=lambda row: (row["error"], row["curve"][-1]["val_loss"]))
+        best = min(finished, key=lambda row: (row["error"], row["curve"][-1]["val_loss"] or math.inf))
         return best["recipe"]["optim"]["lr"]
+
+    def at_the_edge(self, done: dict[str, Row]) -> list[tuple[str, int]]:
+        """Cells whose chosen learning rate is the lowest or highest tried, so that a better one may lie beyond."""
+        if self.tune < 2:
+            return []
+        found = []
+        for scheme, batch_size in self.cells():
+            tried = [recipe.optim.lr for recipe in self.trials(scheme, batch_size)]
+            if self.chosen_lr(scheme, batch_size, done) in (min(tried), max(tried)):
+                found.append((scheme, batch_size))
+        return found
 
     def runs(self, done: dict[str, Row]) -> list[Recipe]:
         """All runs of the study, with learning rates as far as they are chosen."""
@@ -191,11 +206,18 @@ def check(study: Study) -> None:
     import torch
 
     from anybatch import data
+    from anybatch.driver import Epoch
 
+    if study.base.train.devices > 1:
+        raise ValueError(
+            f"a study's runs take one device each and go side by side; got train.devices={study.base.train.devices}"
+        )
     with torch.device("meta"):
         for scheme in study.schemes:
             study.recipe(scheme, 1, 0).model.build(num_classes=2, in_chans=3)
-    data.load(study.recipe(study.schemes[0], max(study.batch_sizes), 0).data)
+    largest = study.recipe(study.schemes[0], max(study.batch_sizes), 0)
+    for recipe in [largest, *study.trials(study.schemes[0], max(study.batch_sizes))[:1]]:
+        Epoch.of(recipe, len(data.load(recipe.data).train))
 
 
 def default_jobs(study: Study) -> int:
@@ -217,22 +239,20 @@ def claim(study: Study, out: Path) -> None:
     path = out / STUDY
     if path.exists():
         there = Study.read(path)
-        if there != study:
+        if there._essence() != study._essence():
             raise ValueError(
                 f"{out} holds another study ({_difference(there, study)}); give another --out, or repeat that study's "
                 f"options to continue it"
             )
     else:
-        if (out / ROWS).exists():
-            raise ValueError(f"{out} holds rows of something else and no {STUDY}; give another --out")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(study.to_yaml(), encoding="utf-8")
-        os.replace(temporary, path)
+        if any(file.name != ".lock" for file in out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no {STUDY}; give another --out")
+        write_file(path, study.to_yaml().encode())
 
 
 def _difference(there: Study, here: Study) -> str:
     """The first value in which two studies differ."""
-    a, b = _flat(there.model_dump(mode="json")), _flat(here.model_dump(mode="json"))
+    a, b = _flat(there._essence()), _flat(here._essence())
     for key in [*a, *b]:
         if a.get(key) != b.get(key):
             return f"{key} is {a.get(key)} there and {b.get(key)} here"
@@ -260,15 +280,24 @@ class _Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in multiprocessing.active_children():
-            child.terminate()
         for pool in self.pools:
+            # Not multiprocessing.active_children(), which are the caller's too. (Python 3.14 has kill_workers.)
+            processes = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
         self.messages.cancel_join_thread()
         self.messages.close()
 
     def _pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, self.context, _start_worker, (self.threads, self.messages))
+
+    def _submit(self, slot: int, recipe: Recipe, purpose: str) -> Future[Row]:
+        try:
+            return self.pools[slot].submit(_run_one, recipe.model_dump_json(), purpose)
+        except BrokenProcessPool:  # its process died while it had nothing to do
+            self.pools[slot] = self._pool()
+            return self.pools[slot].submit(_run_one, recipe.model_dump_json(), purpose)
 
     def run(self, recipes: Sequence[Recipe], purpose: str, on_event: Callable[[Event], None]) -> Iterator[Row]:
         """Run all, and give each row as its run ends."""
@@ -279,8 +308,7 @@ class _Crew:
             for slot in set(range(len(self.pools))) - {slot for slot, _, _ in busy.values()}:
                 if waiting:
                     recipe = waiting.pop()
-                    future = self.pools[slot].submit(_run_one, recipe.model_dump_json(), purpose)
-                    busy[future] = slot, recipe, time.perf_counter()
+                    busy[self._submit(slot, recipe, purpose)] = slot, recipe, time.perf_counter()
             ended, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
             while not self.messages.empty():
                 key, samples, total, error = self.messages.get()
@@ -294,7 +322,7 @@ class _Crew:
                     from anybatch.train import failed_row
 
                     self.pools[slot] = self._pool()
-                    message = "its process was killed, most likely because memory ran out; try fewer --jobs"
+                    message = "its process ended abruptly; where memory ran out, fewer --jobs help"
                     row = failed_row(recipe, purpose, message, time.perf_counter() - began)
                 yield row
 
@@ -321,11 +349,12 @@ def _end_with_parent() -> None:
 def _run_one(recipe_json: str, purpose: str) -> Row:
     """One run in a worker process; whatever goes wrong in it becomes a row."""
     from anybatch import train
+    from anybatch.driver import Progress
 
     recipe = Recipe.model_validate_json(recipe_json)
     key, began = recipe.id, time.perf_counter()
 
-    def tell(progress: train.Progress) -> None:
+    def tell(progress: Progress) -> None:
         _messages.put((key, progress.samples, progress.total, progress.error))
 
     try:

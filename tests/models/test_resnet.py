@@ -94,7 +94,7 @@ def test_no_classes_gives_pooled_features() -> None:
 
 
 def test_width_and_stem_are_the_networks_options() -> None:
-    assert set(model_options("resnet18")) == {"width", "stem"}
+    assert set(model_options("resnet18")) == {"width", "stem", "zero_init_residual"}
     model = anybatch.create_model("resnet18", "bn", num_classes=3, width=8, stem="cifar")
     assert model.conv1.weight.shape == (8, 3, 3, 3)
     assert model.forward_features(torch.zeros(2, 3, 16, 16)).shape == (2, 64, 2, 2)
@@ -104,7 +104,7 @@ def test_width_and_stem_are_the_networks_options() -> None:
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_the_scale_of_0_at_a_branchs_end_makes_blocks_the_identity_at_first(block: type, scheme: str) -> None:
     channels = 16 * block.expansion
-    pieces = Pieces(anybatch.scheme(scheme))
+    pieces = Pieces(anybatch.scheme(scheme), zero_init_residual=True)
     made = block(pieces, channels, 16, 1)
     pieces.init(made)
     x = torch.rand(2, channels, 5, 5)  # not negative, as behind an activation

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from anybatch.data.images import Files, Images, Part, Progress, collate, decode, fit, left_out, load_image
 from anybatch.data.portions import set_aside, subset
-from anybatch.data.sets import DATASETS, Raw
+from anybatch.data.sets import DATASETS, SUFFIXES, Raw
 from anybatch.recipe import Data
 from anybatch.suggest import unknown
 
 __all__ = [
     "DATASETS",
     "MEMORY",
+    "SUFFIXES",
     "Files",
     "Images",
     "Part",
@@ -108,7 +109,13 @@ def _load(config: Data, statistics: Statistics | None, progress: Progress | None
             f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}; use more images"
         )
     size = val.images.shape[2]
-    mean, std = map(tuple, statistics or channel_statistics(train.images))
+    own = channel_statistics(train.images)
+    mean, std = map(tuple, statistics or own)
+    if any(mean) != any(own[0]):  # 0 and 1 stand for images that come normalized, which whole numbers never do
+        raise ValueError(
+            f"{config.name} holds images {'of whole numbers 0..255' if any(own[0]) else 'that come normalized'}, "
+            f"the model was trained on the other kind"
+        )
     if len(mean) != train.images.shape[1] or len(std) != len(mean):
         c = train.images.shape[1]
         raise ValueError(f"the images have {c} channel{'s' * (c > 1)}, the model was trained on {len(mean)}")

@@ -25,6 +25,14 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 """What an image file's name ends in; other files in a folder are no images."""
 
 
+HOLDS = {
+    "cifar10": "cifar-10-batches-py, or train/ and test/ with one folder of images a class",
+    "fashion-mnist": "the four IDX files (train-images-idx3-ubyte, ...), plain or .gz, or FashionMNIST/raw with them",
+    "imagefolder": "train/ and val/ (or test/) with one folder of images a class, or with the class folders themselves",
+}
+"""What is expected in a data set's folder."""
+
+
 @dataclass(frozen=True)
 class Raw:
     """What a data set's function returns: all its images, before sizes and portions are chosen."""
@@ -61,7 +69,8 @@ def digits(config: Data, progress: Progress | None = None) -> Raw:
     train, val = balanced(y, n, generator)
     note = (
         "Scikit-learn's handwritten digits (8 x 8) under a synthetic exposure: each image's contrast is multiplied by "
-        "e^u, u uniform in ±1.5, and its brightness shifted by up to ±2 standard deviations."
+        "e^u, u uniform in ±1.5, and its brightness shifted by up to ±2 standard deviations, both drawn once for each "
+        "image by data.seed."
     )
     return Raw(whole.take(train), whole.take(val), tuple("0123456789"), (note,))
 
@@ -81,11 +90,10 @@ def cifar10(config: Data, progress: Progress | None = None) -> Raw:
     from torchvision.datasets import CIFAR10
 
     try:
-        sets = [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
+        sets = [CIFAR10(str(root), train=train, download=_is_empty(root)) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"cannot read or download CIFAR-10: {one_line(error)}; {root} should hold the folder "
-            "cifar-10-batches-py, or train/ and test/ with one folder of images a class"
+            f"cannot read or download CIFAR-10: {one_line(error)}; {root} should hold {HOLDS['cifar10']}"
         ) from None
     train, val = (
         Part(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets
@@ -105,10 +113,10 @@ def fashion_mnist(config: Data, progress: Progress | None = None) -> Raw:
     found = _idx_files(root, names) or _idx_files(root / "FashionMNIST" / "raw", names)
     if not found:
         try:
-            FashionMNIST(str(root), download=True)
+            FashionMNIST(str(root), download=_is_empty(root))
         except (OSError, RuntimeError, EOFError, zlib.error) as error:
             raise ValueError(
-                f"cannot download Fashion-MNIST: {one_line(error)}; {root} should hold {', '.join(names)}, plain or .gz"
+                f"cannot read or download Fashion-MNIST: {one_line(error)}; {root} should hold {HOLDS['fashion-mnist']}"
             ) from None
         found = _idx_files(root / "FashionMNIST" / "raw", names)
     x, y, x_val, y_val = (read_idx(path) for path in found)
@@ -129,7 +137,9 @@ def imagefolder(config: Data, progress: Progress | None = None) -> Raw:
     that are to be cropped at random are kept larger by 8/7. What fits into `anybatch.data.MEMORY` is decoded once.
     """
     if config.root is None:
-        raise ValueError("data.root is None; imagefolder needs a folder of images, as in imagefolder:DIR")
+        raise ValueError(
+            f"data.root is None; imagefolder needs a folder with {HOLDS['imagefolder']}, as in imagefolder:DIR"
+        )
     raw = _folders(_root(config), config.size or FOLDER_SIZE)
     if raw.val is None and config.val_fraction is None:
         raise ValueError(
@@ -188,6 +198,10 @@ DATASETS: dict[str, Callable[[Data, Progress | None], Raw]] = {
 """Each data set's function. One more is a function that returns a `Raw`, and a line here."""
 
 
+def _is_empty(root: Path) -> bool:
+    return not root.exists() or not any(root.iterdir())
+
+
 def _root(config: Data) -> Path:
     """The folder that was asked for, which must be there, or the data set's own in the user's cache."""
     if config.root is None:
@@ -195,7 +209,8 @@ def _root(config: Data) -> Path:
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise ValueError(
-            f"data.root={config.root} is {'a file' if root.exists() else 'not there'}; {config.name} needs a folder"
+            f"data.root={config.root} is {'a file' if root.exists() else 'not there'}; "
+            f"{config.name} needs a folder with {HOLDS[config.name]}"
         )
     return root
 

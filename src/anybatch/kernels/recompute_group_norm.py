@@ -22,6 +22,8 @@ def _refusal(
 
 
 class _GroupNorm(torch.autograd.Function):
+    generate_vmap_rule = True  # gradients of each sample, for differential privacy
+
     @staticmethod
     def forward(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         return group_norm.reference(x, groups, weight, bias, eps=eps)

@@ -32,15 +32,17 @@ class Pieces:
         scheme: A complete scheme.
         dims: Spatial dimensions of the data: 1, 2 or 3.
         blocks: Number of residual blocks, which a residual rule is told when it is made.
+        zero_init_residual: Whether the last norm of each residual branch starts with scale 0.
 
     Raises:
         ValueError: If the scheme lacks a part it needs.
     """
 
-    def __init__(self, scheme: Scheme, *, dims: int = 2, blocks: int = 0) -> None:
+    def __init__(self, scheme: Scheme, *, dims: int = 2, blocks: int = 0, zero_init_residual: bool = False) -> None:
         scheme.check_complete()
         self.scheme = scheme
         self.dims = dims
+        self.zero_init_residual = zero_init_residual
         self._join: Callable[[], Join] = Join if scheme.residual is None else scheme.residual(blocks)
 
     def _of_dims(self, factory: Any) -> Any:
@@ -75,10 +77,11 @@ class Pieces:
         return nn.ReLU(inplace=inplace) if self.scheme.act is None else self.scheme.act()
 
     def norm(self, channels: int, *, last_in_branch: bool = False) -> nn.Module:
-        """A norm with no activation behind it; at the end of a residual branch its scale starts at 0."""
+        """A norm with no activation behind it."""
         factory = self.scheme.norm or self.scheme.norm_act
         norm = nn.Identity() if factory is None else self._of_dims(factory)(channels)
-        if last_in_branch and isinstance(weight := getattr(norm, "weight", None), nn.Parameter):
+        zero = last_in_branch and self.zero_init_residual
+        if zero and isinstance(weight := getattr(norm, "weight", None), nn.Parameter):
             nn.init.zeros_(weight)
         return norm
 

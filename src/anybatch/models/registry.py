@@ -89,6 +89,10 @@ def create_model(
     for option in options:
         if option not in known:
             raise unknown(f"option of {name}", option, known)
+        wanted, got = type(known[option].default), options[option]
+        if wanted in (int, str, bool) and type(got) is not wanted:
+            kind = {int: "a whole number", str: "a text", bool: "true or false"}[wanted]
+            raise ValueError(f"option {option} of {name} must be {kind}, got {got!r}")
     if num_classes < 0:
         raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
     if in_chans < 1:

@@ -156,6 +156,8 @@ class ResNet(nn.Module):
         stem: ``"imagenet"`` (7 x 7 stride 2, then pooling: 1/4 of the size) or ``"cifar"`` (3 x 3, full size).
         groups: Groups of the 3 x 3 convolution in bottlenecks (ResNeXt's cardinality).
         base_width: Channels of that convolution per 64 channels of the stage and per group.
+        zero_init_residual: Whether the last norm of each branch starts with scale 0, so that a block starts as the
+            identity. Off as in torchvision; the GroupNorm paper has it on for ImageNet, the WS paper off.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes).
@@ -165,8 +167,8 @@ class ResNet(nn.Module):
 
     Source:
         He et al. 2015, arXiv:1512.03385; pre-activation: He et al. 2016, arXiv:1603.05027; groups: Xie et al. 2016,
-        arXiv:1611.05431; width: Zagoruyko and Komodakis 2016, arXiv:1605.07146. The last scale of each branch starts at
-        0 after Goyal et al. 2017, arXiv:1706.02677, section 5.1, as the GroupNorm paper does too.
+        arXiv:1611.05431; width: Zagoruyko and Komodakis 2016, arXiv:1605.07146; zero_init_residual: Goyal et al. 2017,
+        arXiv:1706.02677, section 5.1.
     """
 
     def __init__(
@@ -181,11 +183,12 @@ class ResNet(nn.Module):
         stem: str = "imagenet",
         groups: int = 1,
         base_width: int = 64,
+        zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
-        pieces = Pieces(scheme, blocks=sum(depths))
+        pieces = Pieces(scheme, blocks=sum(depths), zero_init_residual=zero_init_residual)
         self.num_classes = num_classes
         if stem == "imagenet":
             self.conv1 = pieces.conv(in_chans, width, 7, 2)
@@ -230,10 +233,24 @@ def _resnet(name: str, doc: str, block: Block, depths: Sequence[int], **fixed: i
     grouping = {key: int(value) for key, value in fixed.items()}
 
     def build(
-        scheme: Scheme, *, num_classes: int = 1000, in_chans: int = 3, width: int = width, stem: str = stem
+        scheme: Scheme,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        width: int = width,
+        stem: str = stem,
+        zero_init_residual: bool = False,
     ) -> nn.Module:
         return ResNet(
-            scheme, block, depths, num_classes=num_classes, in_chans=in_chans, width=width, stem=stem, **grouping
+            scheme,
+            block,
+            depths,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            width=width,
+            stem=stem,
+            zero_init_residual=zero_init_residual,
+            **grouping,
         )
 
     build.__name__, build.__doc__ = name, doc

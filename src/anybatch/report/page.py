@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+from anybatch.files import write_file
 from anybatch.report import figures, words
 from anybatch.report.summary import Cell, Settings, Summary, summarize
 from anybatch.rows import Row
@@ -47,7 +46,7 @@ def write(rows: Sequence[Row], out: Path, *, title: str, reproduce: str, notes: 
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        _replace(out / name, content)
+        write_file(out / name, content)
     return summary
 
 
@@ -116,15 +115,3 @@ def _value(value: Any) -> str:
 
 def _image(drawn: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(figures.svg(drawn)).decode()}"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

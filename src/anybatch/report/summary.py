@@ -308,7 +308,7 @@ def _settings(rows: Sequence[Row]) -> Settings:
         recipe={path: found[0] for path, found in values.items() if len(found) == 1 and path not in CELL_KEYS},
         varied={path: found for path, found in values.items() if len(found) > 1 and path not in CELL_KEYS},
         versions=versions,
-        devices=list(dict.fromkeys(row["device"] for row in rows)),
+        devices=list(dict.fromkeys(row["device"] for row in rows if row["device"])),
         threads=sorted({row["threads"] for row in rows}),
     )
 

@@ -49,13 +49,18 @@ def _at_batch_sizes(summary: Summary, cells: list[Cell]) -> Iterator[str]:
 def _at_batch(batch: int, lowest: Cell, pairs: list[Difference], cells: list[Cell]) -> str:
     means = {cell["scheme"]: cell["mean"] or 0.0 for cell in cells}
     name, error = lowest["scheme"], f"{percent(lowest['mean'] or 0.0)} %"
+    if lowest["failed"]:
+        error += f" (over the {lowest['n']} of {lowest['n'] + len(lowest['failed'])} runs that finished)"
+    place = f"At batch {batch}, "
+    if any(cell["n"] == 1 for cell in cells):
+        place += "among the schemes with two seeds or more, "
     above = {d["scheme"]: points(d["difference"], d["interval"]) for d in pairs}
     worse = [d["scheme"] for d in pairs if d["distinct"]]
     tied = [d["scheme"] for d in pairs if not d["distinct"]]
     more = listed([f"{scheme} errs {above[scheme]} points more" for scheme in worse])
     tail = f"; {more} than {name}." if worse else "."
     if not tied:
-        return f"At batch {batch}, {name} has the lowest error, {error}: {more}."
+        return f"{place}{name} has the lowest error, {error}: {more}."
     if len(tied) == 1:
         other = tied[0]
         both = f"{error} and {percent(means[other])} %"
@@ -63,7 +68,7 @@ def _at_batch(batch: int, lowest: Cell, pairs: list[Difference], cells: list[Cel
     else:
         others = listed([f"{scheme} ({above[scheme]} points more)" for scheme in tied])
         said = f"{others} cannot be told apart from {name}, the lowest mean at {error}"
-    return f"At batch {batch}, {said}{tail}"
+    return f"{place}{said}{tail}"
 
 
 def _against_largest(scheme: str, summary: Summary) -> Iterator[str]:
