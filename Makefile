@@ -28,7 +28,7 @@ bench: .venv/base
 	$(BIN)/python benchmarks/steps.py $(OPTIONS)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv
 
 # uv where there is one, else venv and pip; both end in the same environment.
 define install

@@ -11,20 +11,20 @@ from anybatch.suggest import unknown
 def digits() -> Recipe:
     """Handwritten digits under varying exposure: a narrow ResNet-8 on 512 images of 8 x 8, ten seconds on one core."""
     return Recipe(
-        model=Model(name="resnet8", options={"width": 32}),
+        model=Model(name="resnet8", options={"width": 32, "zero_init_residual": True}),
         data=Data(name="digits", train_size=512),
         optim=Optim(lr=0.5),
-        schedule=Schedule(epochs=12),
+        schedule=Schedule(epochs=10),
     )
 
 
 def fashion_mnist() -> Recipe:
-    """Fashion-MNIST: a narrow ResNet-8 on 4,000 images for 3 epochs, about a minute on one core."""
+    """Fashion-MNIST: a narrow ResNet-8 on 4,000 images for 5 epochs, a minute or two on one core."""
     return Recipe(
         model=Model(name="resnet8", options={"width": 32}),
-        data=Data(name="fashion-mnist", train_size=4000),
-        optim=Optim(lr=0.1),
-        schedule=Schedule(epochs=3),
+        data=Data(name="fashion-mnist", train_size=4000, val_size=4000),
+        optim=Optim(lr=0.2),
+        schedule=Schedule(epochs=5),
     )
 
 
