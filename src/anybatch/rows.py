@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -79,6 +80,15 @@ class Row(TypedDict):
     """Wall time of the whole run."""
     started: str
     """Time in UTC, ISO 8601."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested values, each with its dotted path."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def append(path: Path, row: Row) -> None:

@@ -252,19 +252,11 @@ def claim(study: Study, out: Path) -> None:
 
 def _difference(there: Study, here: Study) -> str:
     """The first value in which two studies differ."""
-    a, b = _flat(there._essence()), _flat(here._essence())
+    a, b = dict(rows.flatten(there._essence())), dict(rows.flatten(here._essence()))
     for key in [*a, *b]:
         if a.get(key) != b.get(key):
             return f"{key} is {a.get(key)} there and {b.get(key)} here"
     return "equal values, another form"
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {
-        key: leaf for name, item in values.items() for key, leaf in _flat(item, f"{prefix}.{name}".strip(".")).items()
-    }
 
 
 class _Crew:

@@ -16,15 +16,17 @@ from anybatch.models.registry import register_model
 from anybatch.scheme import Scheme
 
 
-def _shortcut(pieces: Pieces, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
-    """Projection where the branch changes the shape (He's option B), nothing elsewhere."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(pieces.conv(in_channels, out_channels, 1, stride), pieces.norm(out_channels))
+class _Block(nn.Module):
+    """What the blocks share: widths, the projection where the shape changes (He's option B), and the join.
 
-
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions; He et al. 2015, arXiv:1512.03385, figure 5 left."""
+    Args:
+        pieces: The network's pieces.
+        in_channels: Channels of the input.
+        channels: Channels of the stage; the output has ``channels * expansion``.
+        stride: Of the 3 x 3 convolution that halves the map.
+        groups: Of that convolution.
+        base_width: Its channels for 64 of the stage and for each group.
+    """
 
     expansion: ClassVar[int] = 1
     preactivated: ClassVar[bool] = False
@@ -33,14 +35,33 @@ class BasicBlock(nn.Module):
         self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
     ) -> None:
         super().__init__()
-        if groups != 1 or base_width != 64:
-            raise ValueError("basic blocks take groups=1 and base_width=64; use a network of bottlenecks")
-        self.conv1 = pieces.conv(in_channels, channels, 3, stride)
-        self.bn1, self.act1 = pieces.norm_act(channels)
-        self.conv2 = pieces.conv(channels, channels, 3)
-        self.bn2 = pieces.norm(channels, last_in_branch=True)
-        self.downsample = _shortcut(pieces, in_channels, channels, stride)
         self.join = pieces.join()
+        if self.expansion == 1 and (groups != 1 or base_width != 64):
+            raise ValueError("basic blocks take groups=1 and base_width=64; use a network of bottlenecks")
+        width, out_channels = channels * base_width // 64 * groups, channels * self.expansion
+        self._add_branch(pieces, in_channels, width, out_channels, stride, groups)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            projection = pieces.conv(in_channels, out_channels, 1, stride)
+            norm = None if self.preactivated else pieces.norm(out_channels)
+            self.downsample = projection if norm is None else nn.Sequential(projection, norm)
+
+    def _add_branch(
+        self, pieces: Pieces, in_channels: int, width: int, out_channels: int, stride: int, groups: int
+    ) -> None:
+        raise NotImplementedError
+
+
+class BasicBlock(_Block):
+    """Two 3 x 3 convolutions; He et al. 2015, arXiv:1512.03385, figure 5 left."""
+
+    def _add_branch(
+        self, pieces: Pieces, in_channels: int, width: int, out_channels: int, stride: int, groups: int
+    ) -> None:
+        self.conv1 = pieces.conv(in_channels, width, 3, stride)
+        self.bn1, self.act1 = pieces.norm_act(width)
+        self.conv2 = pieces.conv(width, out_channels, 3)
+        self.bn2 = pieces.norm(out_channels, last_in_branch=True)
         self.act2 = pieces.act()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,26 +72,20 @@ class BasicBlock(nn.Module):
         return self.act2(self.join(h, skip))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Block):
     """1 x 1, 3 x 3 with the stride, 1 x 1; He et al. 2015, figure 5 right, with torchvision's place of the stride."""
 
     expansion: ClassVar[int] = 4
-    preactivated: ClassVar[bool] = False
 
-    def __init__(
-        self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
+    def _add_branch(
+        self, pieces: Pieces, in_channels: int, width: int, out_channels: int, stride: int, groups: int
     ) -> None:
-        super().__init__()
-        width = channels * base_width // 64 * groups
-        out_channels = channels * self.expansion
         self.conv1 = pieces.conv(in_channels, width, 1)
         self.bn1, self.act1 = pieces.norm_act(width)
         self.conv2 = pieces.conv(width, width, 3, stride, groups=groups)
         self.bn2, self.act2 = pieces.norm_act(width)
         self.conv3 = pieces.conv(width, out_channels, 1)
         self.bn3 = pieces.norm(out_channels, last_in_branch=True)
-        self.downsample = _shortcut(pieces, in_channels, out_channels, stride)
-        self.join = pieces.join()
         self.act3 = pieces.act()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,25 +97,18 @@ class Bottleneck(nn.Module):
         return self.act3(self.join(h, skip))
 
 
-class PreActBasicBlock(nn.Module):
+class PreActBasicBlock(_Block):
     """Norm and activation before each convolution; He et al. 2016, arXiv:1603.05027, figure 1 b."""
 
-    expansion: ClassVar[int] = 1
     preactivated: ClassVar[bool] = True
 
-    def __init__(
-        self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
+    def _add_branch(
+        self, pieces: Pieces, in_channels: int, width: int, out_channels: int, stride: int, groups: int
     ) -> None:
-        super().__init__()
-        if groups != 1 or base_width != 64:
-            raise ValueError("basic blocks take groups=1 and base_width=64; use a network of bottlenecks")
         self.bn1, self.act1 = pieces.norm_act(in_channels)
-        self.conv1 = pieces.conv(in_channels, channels, 3, stride)
-        self.bn2, self.act2 = pieces.norm_act(channels)
-        self.conv2 = pieces.conv(channels, channels, 3)
-        projects = stride != 1 or in_channels != channels
-        self.downsample = pieces.conv(in_channels, channels, 1, stride) if projects else None
-        self.join = pieces.join()
+        self.conv1 = pieces.conv(in_channels, width, 3, stride)
+        self.bn2, self.act2 = pieces.norm_act(width)
+        self.conv2 = pieces.conv(width, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act1(self.bn1(self.join.prepare(x)))
@@ -109,27 +117,21 @@ class PreActBasicBlock(nn.Module):
         return self.join(h, skip)
 
 
-class PreActBottleneck(nn.Module):
+class PreActBottleneck(_Block):
     """The bottleneck with norm and activation before each convolution; He et al. 2016, arXiv:1603.05027."""
 
     expansion: ClassVar[int] = 4
     preactivated: ClassVar[bool] = True
 
-    def __init__(
-        self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
+    def _add_branch(
+        self, pieces: Pieces, in_channels: int, width: int, out_channels: int, stride: int, groups: int
     ) -> None:
-        super().__init__()
-        width = channels * base_width // 64 * groups
-        out_channels = channels * self.expansion
         self.bn1, self.act1 = pieces.norm_act(in_channels)
         self.conv1 = pieces.conv(in_channels, width, 1)
         self.bn2, self.act2 = pieces.norm_act(width)
         self.conv2 = pieces.conv(width, width, 3, stride, groups=groups)
         self.bn3, self.act3 = pieces.norm_act(width)
         self.conv3 = pieces.conv(width, out_channels, 1)
-        projects = stride != 1 or in_channels != out_channels
-        self.downsample = pieces.conv(in_channels, out_channels, 1, stride) if projects else None
-        self.join = pieces.join()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act1(self.bn1(self.join.prepare(x)))
@@ -140,7 +142,7 @@ class PreActBottleneck(nn.Module):
         return self.join(h, skip)
 
 
-Block = type[BasicBlock] | type[Bottleneck] | type[PreActBasicBlock] | type[PreActBottleneck]
+Block = type[_Block]
 
 
 class ResNet(nn.Module):

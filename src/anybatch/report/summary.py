@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from anybatch.report import verdict
 from anybatch.report.statistics import LEVEL, Estimate, difference, estimate
-from anybatch.rows import DataFacts, Row
+from anybatch.rows import DataFacts, Row, flatten
 
 CELL_KEYS = ("model.scheme", "data.batch_size", "train.seed")
 """What a study varies: the cell, and the seed within it."""
@@ -300,7 +300,7 @@ def _settings(rows: Sequence[Row]) -> Settings:
     values: dict[str, list[Any]] = {}
     versions: dict[str, list[str]] = {}
     for row in rows:
-        for path, value in _flat(row["recipe"]):
+        for path, value in flatten(row["recipe"]):
             _add(values, path, value)
         for name, version in row["versions"].items():
             _add(versions, name, version)
@@ -316,11 +316,3 @@ def _settings(rows: Sequence[Row]) -> Settings:
 def _add(found: dict[str, list[Any]], key: str, value: Any) -> None:
     if value not in (known := found.setdefault(key, [])):
         known.append(value)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
