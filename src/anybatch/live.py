@@ -62,21 +62,21 @@ class Display:
             self.progress.update(self.task, total=event.total, description="study")
         elif event.kind == "progress" and event.recipe is not None and event.recipe.id not in self.ended:
             self.under_way[event.recipe.id] = event.recipe, event.samples / max(1, event.total), event.error
-        elif event.kind == "row" and event.row is not None:
-            self._ended(event.row)
+        elif event.kind in ("row", "there") and event.row is not None:
+            self._ended(event.row, fresh=event.kind == "row")
         part = sum(share for _, share, _ in self.under_way.values())
         self.progress.update(self.task, completed=self.done + min(part, len(self.under_way)))
         if self.live.is_started:
             self.live.update(self._view())
 
-    def _ended(self, row: Row) -> None:
+    def _ended(self, row: Row, *, fresh: bool) -> None:
         self.done += 1
         self.ended.add(row["id"])  # its last progress may be told after it
         self.under_way.pop(row["id"], None)
         recipe = row["recipe"]
         if row["purpose"] == "run":
             self.errors[recipe["model"]["scheme"], recipe["data"]["batch_size"]].append(row["error"])
-        if not self.console.is_terminal:
+        if fresh and not self.console.is_terminal:
             result = f"error {100 * row['error']:.2f} %" if row["error"] is not None else f"failed: {row['message']}"
             what = "trial" if row["purpose"] == "tune" else "run"
             self.console.print(

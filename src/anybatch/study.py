@@ -133,7 +133,8 @@ class Event:
     """What happened in a study."""
 
     kind: str
-    """``"plan"`` (how many runs there are), ``"progress"`` (of one run), ``"row"`` (a run ended)."""
+    """``"plan"`` (how many runs there are), ``"there"`` (a run of an earlier start), ``"progress"`` (of one run),
+    ``"row"`` (a run ended)."""
     recipe: Recipe | None = None
     row: Row | None = None
     samples: int = 0
@@ -185,7 +186,7 @@ def run(
             for purpose in ("tune", "run"):
                 recipes = trials if purpose == "tune" else study.runs(done)
                 for row in (done[recipe.id] for recipe in recipes if recipe.id in done):
-                    on_event(Event("row", row=row))
+                    on_event(Event("there", row=row))
                 missing = [recipe for recipe in recipes if recipe.id not in done]
                 for row in crew.run(missing, purpose, on_event):
                     rows.append(path, row)
