@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def tables(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """For each of ``models``, ``schemes``, ``recipes`` and ``data``: every entry with its first sentence."""
+def tables(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """For each of ``models``, ``schemes``, ``recipes`` and ``data``: every entry with what is known of it."""
     return {name: _TABLES[name]() for name in names}
 
 
@@ -27,13 +27,19 @@ def _models() -> dict[str, str]:
     return describe_models()
 
 
-def _schemes() -> dict[str, str]:
+def _schemes() -> dict[str, dict[str, Any]]:
     from anybatch.schemes import PARTS
 
     told = {}
     for name, part in PARTS.items():
-        options = ", ".join(f"{p.name}={p.default}" for p in inspect.signature(part).parameters.values())
-        told[name] = _sentence(part) + (f" Options: {options}." if options else "")
+        made = part()
+        told[name] = {
+            "about": _sentence(part),
+            "sources": list(made.sources),
+            "batch_free": made.batch_independent,
+            "fills": list(made.filled),
+            "options": {p.name: p.default for p in inspect.signature(part).parameters.values()},
+        }
     return told
 
 

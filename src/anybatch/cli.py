@@ -492,7 +492,18 @@ def list_(
     if as_json:
         _print_json(tables)
         return
+    if "schemes" in tables:
+        tables["schemes"] = {name: _told(part) for name, part in tables["schemes"].items()}
     _print_tables(tables, "what it is")
+
+
+def _told(part: dict[str, Any]) -> str:
+    """A scheme part in one line."""
+    free = "batch-free" if part["batch_free"] else "depends on the batch"
+    options = ", ".join(f"{name}={default}" for name, default in part["options"].items())
+    return f"{part['about']} {free.capitalize()}; {', '.join(part['sources']) or 'no source'}." + (
+        f" Options: {options}." if options else ""
+    )
 
 
 @app.command()

@@ -138,7 +138,8 @@ class Run(L.LightningModule):
         self.model = model
         self.recipe = recipe
         self.steps_per_epoch = epoch.steps
-        self.clip = scheme(recipe.model.scheme).clip
+        clip = scheme(recipe.model.scheme).clip
+        self.clip = None if clip is None else clip(model)
         self.val_error = MeanMetric()
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.curve: list[Evaluation] = []
@@ -189,7 +190,7 @@ class Run(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.clip is not None:
-            self.clip(self.model.parameters())
+            self.clip()
 
     def on_validation_epoch_start(self) -> None:
         self.end_training_part()

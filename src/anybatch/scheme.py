@@ -33,10 +33,13 @@ class Scheme:
         conv: Called with the arguments of ``torch.nn.Conv2d``; one factory for all, or one each for 1d, 2d, 3d.
         norm: Called with the number of channels; one factory for all, or one each for 1d, 2d, 3d.
         act: Called with no argument.
-        norm_act: A norm with its own activation, called with the number of channels.
-        residual: Called with the number of residual blocks; returns a function that makes each block's join.
+        norm_act: A norm with its own activation, called with the number of channels and, where a block has no
+            activation behind its norm, ``apply_act=False``; one factory for all, or one each for 1d, 2d, 3d.
+        residual: Called with the number of residual blocks; returns a function that makes each block's join (see
+            `anybatch.methods.residual.Join`), called with whether the block's skip connection is a projection.
         init: Called with the finished model.
-        clip: Called with the parameters after each backward pass.
+        clip: Called with the finished model; returns a function without arguments that clips the gradients, called
+            before each step of the optimizer.
         batch_independent: Whether a sample's output and gradient never depend on other samples.
         needs_norm: Whether a network cannot train unless a part fills ``norm`` or ``norm_act`` too.
         sources: Where the method is defined.
@@ -49,7 +52,7 @@ class Scheme:
     conv: Factory | PerDims | None = None
     norm: Factory | PerDims | None = None
     act: Factory | None = None
-    norm_act: Factory | None = None
+    norm_act: Factory | PerDims | None = None
     residual: Factory | None = None
     init: Factory | None = None
     clip: Factory | None = None

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch
-from anybatch import layers
+from anybatch.methods.common import ChannelNorm
 from anybatch.schemes import PARTS
-from contract.cases import BATCH_BOUND, BATCH_FREE, SCHEMES, SchemeCase, images
+from contract.cases import BATCH_BOUND, BATCH_FREE, DROPPING, SCHEMES, images
+from contract.kinds import SchemeCase
 from helpers import assert_error_within, assert_same_gradients, error, gradients
 
+NORMALIZING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, ChannelNorm)
 LABELS = torch.tensor([0, 3, 1, 4])
 
 
@@ -48,15 +50,19 @@ def test_every_part_has_a_row() -> None:
 
 
 def test_only_schemes_with_batch_normalization_claim_nothing() -> None:
-    assert [str(case) for case in BATCH_BOUND] == ["bn", "ws+bn"]
+    assert {str(case) for case in BATCH_BOUND} == {"bn", "ws+bn"}
 
 
 # Promise 1: batch-free means batch-free.
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", BATCH_FREE, ids=str)
+@pytest.mark.parametrize(
+    ("case", "training"),
+    [(case, training) for case in BATCH_FREE for training in (True, False)]
+    + [(case, False) for case in DROPPING if case.claims_batch_independence],
+    ids=str,
+)
 def test_a_sample_alone_equals_the_sample_in_a_batch(case: SchemeCase, training: bool, choice: str) -> None:
     with anybatch.backend(choice):
         assert_alone_is_as_in_a_batch(case.network(torch.float64).train(training), images(4, dtype=torch.float64))
@@ -161,7 +167,7 @@ def test_a_constant_image_gives_finite_values(case: SchemeCase, value: float) ->
 # Promise 4: evaluation is deterministic.
 
 
-@pytest.mark.parametrize("case", SCHEMES, ids=str)
+@pytest.mark.parametrize("case", [*SCHEMES, *DROPPING], ids=str)
 def test_evaluation_draws_no_random_numbers(case: SchemeCase) -> None:
     model, x = case.network().eval(), images(2)
     state = torch.get_rng_state()
@@ -190,7 +196,7 @@ def test_channels_last_reaches_every_layer(case: SchemeCase) -> None:
         model.get_submodule(name).register_forward_hook(hook)
 
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, layers.GroupNorm)):
+        if isinstance(module, NORMALIZING):
             watch(name)
     y = model(x.contiguous(memory_format=torch.channels_last))
     assert len(seen) >= 9
@@ -216,7 +222,7 @@ def test_autocast_keeps_activations_in_half_precision(case: SchemeCase) -> None:
     model = case.network()
     wide: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, layers.GroupNorm)):
+        if isinstance(module, NORMALIZING):
             module.register_forward_hook(
                 lambda _module, _args, y, name=name: wide.append(name) if y.dtype != torch.bfloat16 else None
             )

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch.dispatch import op
+from anybatch.methods.common import ChannelNorm, check_has_channels, scaled_and_shifted, widened
 from anybatch.scheme import Scheme, check_number
 
 Groups = int | Literal["auto"]
@@ -46,8 +47,7 @@ def group_norm(
     Source:
         Wu and He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2, 6-7.
     """
-    if x.dim() < 2:
-        raise ValueError(f"x must be (N, C, *), got shape {tuple(x.shape)}")
+    check_has_channels(x)
     c = x.shape[1]
     if groups < 1 or c % groups:
         raise ValueError(f"groups={groups} does not divide the {c} channels of x")
@@ -57,15 +57,10 @@ def group_norm(
             f"use fewer groups"
         )
     # Splitting the channels is a view in every memory format, so that the result keeps the format of x.
-    x_ngc = x.unflatten(1, (groups, c // groups)).to(torch.promote_types(x.dtype, torch.float32))
+    x_ngc = widened(x.unflatten(1, (groups, c // groups)))
     var, mean = torch.var_mean(x_ngc, dim=tuple(range(2, x_ngc.dim())), correction=0, keepdim=True)
     y = ((x_ngc - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
-    per_channel = (1, c, *(1 for _ in x.shape[2:]))
-    if weight is not None:
-        y = y * weight.reshape(per_channel)
-    if bias is not None:
-        y = y + bias.reshape(per_channel)
-    return y.to(x.dtype)
+    return scaled_and_shifted(y, weight, bias).to(x.dtype)
 
 
 def resolve_groups(channels: int, groups: Groups = 32, group_size: int | None = None) -> int:
@@ -103,7 +98,7 @@ def resolve_groups(channels: int, groups: Groups = 32, group_size: int | None = 
     return groups
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(ChannelNorm):
     """Group normalization with a scale and a shift for each channel; see `anybatch.functional.group_norm`.
 
     Args:
@@ -139,26 +134,10 @@ class GroupNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_channels = num_channels
+        super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
         self.num_groups = resolve_groups(num_channels, num_groups, group_size)
-        self.eps = eps
-        self.affine = affine
-        if affine:
-            self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Set the scale to 1 and the shift to 0."""
-        if self.affine:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
 
     def extra_repr(self) -> str:

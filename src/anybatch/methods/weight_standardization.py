@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
+from anybatch.methods.common import widened
 from anybatch.scheme import Scheme, check_number
 
 
@@ -40,7 +41,7 @@ def weight_standardize(weight: Tensor, *, eps: float = 1e-6) -> Tensor:
             f"a filter of shape {tuple(weight.shape)} has one value, which standardizing would set to 0; "
             f"use a plain layer there"
         )
-    w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    w = widened(weight)
     var, mean = torch.var_mean(w, dim=tuple(range(1, w.dim())), correction=0, keepdim=True)
     return ((w - mean) * torch.rsqrt(var + eps)).to(weight.dtype)
 

@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from anybatch.methods.residual import Join
 from anybatch.scheme import Scheme
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class Join(nn.Module):
-    """How a residual branch meets its skip connection: ``branch + skip``.
-
-    A residual rule's joins derive from this one; `prepare` scales the block's input where the rule asks for it.
-    """
-
-    def prepare(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
-        return branch + skip
 
 
 class Pieces:
@@ -43,7 +31,7 @@ class Pieces:
         self.scheme = scheme
         self.dims = dims
         self.zero_init_residual = zero_init_residual
-        self._join: Callable[[], Join] = Join if scheme.residual is None else scheme.residual(blocks)
+        self._join: Callable[[bool], Join] | None = None if scheme.residual is None else scheme.residual(blocks)
 
     def _of_dims(self, factory: Any) -> Any:
         return factory[self.dims - 1] if isinstance(factory, tuple) else factory
@@ -78,8 +66,10 @@ class Pieces:
 
     def norm(self, channels: int, *, last_in_branch: bool = False) -> nn.Module:
         """A norm with no activation behind it."""
-        factory = self.scheme.norm or self.scheme.norm_act
-        norm = nn.Identity() if factory is None else self._of_dims(factory)(channels)
+        if self.scheme.norm_act is not None:
+            norm = self._of_dims(self.scheme.norm_act)(channels, apply_act=False)
+        else:
+            norm = nn.Identity() if self.scheme.norm is None else self._of_dims(self.scheme.norm)(channels)
         zero = last_in_branch and self.zero_init_residual
         if zero and isinstance(weight := getattr(norm, "weight", None), nn.Parameter):
             nn.init.zeros_(weight)
@@ -92,9 +82,13 @@ class Pieces:
         # Behind no norm it would overwrite what went into the norm, which a pre-activated block's skip still needs.
         return self.norm(channels), self.act(inplace=self.scheme.norm is not None)
 
-    def join(self) -> Join:
-        """The next block's join, in the order of the blocks."""
-        return self._join()
+    def join(self, *, transition: bool = False) -> Join:
+        """The next block's join, in the order of the blocks.
+
+        Args:
+            transition: Whether the block's skip connection is a projection.
+        """
+        return Join() if self._join is None else self._join(transition)
 
     def init(self, model: nn.Module) -> None:
         """Initialize a finished model as the scheme does, or convolutions by He's normal over fan-out, biases by 0."""
@@ -102,7 +96,7 @@ class Pieces:
             self.scheme.init(model)
             return
         for module in model.modules():
-            if isinstance(module, _CONVS):
+            if isinstance(module, nn.modules.conv._ConvNd):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -35,13 +35,14 @@ class _Block(nn.Module):
         self, pieces: Pieces, in_channels: int, channels: int, stride: int, *, groups: int = 1, base_width: int = 64
     ) -> None:
         super().__init__()
-        self.join = pieces.join()
         if self.expansion == 1 and (groups != 1 or base_width != 64):
             raise ValueError("basic blocks take groups=1 and base_width=64; use a network of bottlenecks")
         width, out_channels = channels * base_width // 64 * groups, channels * self.expansion
+        transition = stride != 1 or in_channels != out_channels
+        self.join = pieces.join(transition=transition)
         self._add_branch(pieces, in_channels, width, out_channels, stride, groups)
         self.downsample: nn.Module | None = None
-        if stride != 1 or in_channels != out_channels:
+        if transition:
             projection = pieces.conv(in_channels, out_channels, 1, stride)
             norm = None if self.preactivated else pieces.norm(out_channels)
             self.downsample = projection if norm is None else nn.Sequential(projection, norm)
@@ -62,7 +63,7 @@ class BasicBlock(_Block):
         self.bn1, self.act1 = pieces.norm_act(width)
         self.conv2 = pieces.conv(width, out_channels, 3)
         self.bn2 = pieces.norm(out_channels, last_in_branch=True)
-        self.act2 = pieces.act()
+        self.act2 = self.join.activation(pieces.act())
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.join.prepare(x)
@@ -86,7 +87,7 @@ class Bottleneck(_Block):
         self.bn2, self.act2 = pieces.norm_act(width)
         self.conv3 = pieces.conv(width, out_channels, 1)
         self.bn3 = pieces.norm(out_channels, last_in_branch=True)
-        self.act3 = pieces.act()
+        self.act3 = self.join.activation(pieces.act())
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.join.prepare(x)
@@ -111,7 +112,7 @@ class PreActBasicBlock(_Block):
         self.conv2 = pieces.conv(width, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.act1(self.bn1(self.join.prepare(x)))
+        h = self.join.prepare(self.act1(self.bn1(x)))
         skip = x if self.downsample is None else self.downsample(h)
         h = self.conv2(self.act2(self.bn2(self.conv1(h))))
         return self.join(h, skip)
@@ -134,7 +135,7 @@ class PreActBottleneck(_Block):
         self.conv3 = pieces.conv(width, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.act1(self.bn1(self.join.prepare(x)))
+        h = self.join.prepare(self.act1(self.bn1(x)))
         skip = x if self.downsample is None else self.downsample(h)
         h = self.conv1(h)
         h = self.conv2(self.act2(self.bn2(h)))
@@ -271,4 +272,8 @@ _resnet("wide_resnet50_2", "ResNet-50 with bottlenecks twice as wide.", Bottlene
 _resnet("wide_resnet101_2", "ResNet-101 with bottlenecks twice as wide.", Bottleneck, (3, 4, 23, 3), base_width=128)
 for _depth in (8, 14, 20, 32, 44, 56, 110):
     _n = (_depth - 2) // 6
-    _resnet(f"resnet{_depth}", f"CIFAR's narrow ResNet-{_depth}.", BasicBlock, (_n, _n, _n), width=16, stem="cifar")
+    for _prefix, _what, _block in (
+        ("resnet", "CIFAR's narrow ResNet", BasicBlock),
+        ("preact_resnet", "CIFAR's narrow pre-activation ResNet", PreActBasicBlock),
+    ):
+        _resnet(f"{_prefix}{_depth}", f"{_what}-{_depth}.", _block, (_n, _n, _n), width=16, stem="cifar")

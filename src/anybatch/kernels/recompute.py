@@ -1,0 +1,60 @@
+"""Any op with its inputs alone kept for backward: the reference is differentiated anew there.
+
+For half precision, in which a reference would keep its float32 intermediates, each twice as large as its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.dispatch import Op
+
+
+class _Recomputed(torch.autograd.Function):
+    generate_vmap_rule = True  # gradients of each sample, for differential privacy
+
+    @staticmethod
+    def forward(call: Callable[..., Tensor], *args: Any) -> Tensor:
+        return call(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.call, *args = inputs
+        ctx.tensors = [isinstance(a, Tensor) for a in args]
+        ctx.others = [a for a in args if not isinstance(a, Tensor)]
+        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        moving = [t.is_floating_point() for t in ctx.saved_tensors]
+
+        def call(*floating: Tensor) -> Tensor:
+            given, others = iter(floating), iter(ctx.others)
+            tensors = iter([next(given) if m else t for m, t in zip(moving, ctx.saved_tensors, strict=True)])
+            return ctx.call(*(next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors))
+
+        floating = [t for m, t in zip(moving, ctx.saved_tensors, strict=True) if m]
+        pulled = iter(torch.func.vjp(call, *floating)[1](gradient))
+        found = iter([next(pulled) if m else None for m in moving])
+        return None, *(next(found) if is_tensor else None for is_tensor in ctx.tensors)
+
+
+def _refusal(x: Tensor, *_: Any, **__: Any) -> str | None:
+    return f"x is {x.dtype}, of which the reference keeps no wider copies" if x.dtype.itemsize >= 4 else None
+
+
+def attach(op: Op) -> None:
+    """Give an op whose first argument is its activations the kernel ``"recompute"``."""
+
+    @op.kernel("recompute", refusal=_refusal)
+    def recompute(*args: Any, **options: Any) -> Tensor:
+        names = tuple(options)
+
+        def call(*given: Any) -> Tensor:
+            return op.reference(*given[: len(args)], **dict(zip(names, given[len(args) :], strict=True)))
+
+        return _Recomputed.apply(call, *args, *options.values())

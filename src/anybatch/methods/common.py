@@ -1,0 +1,103 @@
+"""What methods share: wide statistics, a scale and shift for each channel, and the shapes a layer takes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 or wider, in which statistics are taken."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_channel(values_c: Tensor, dims: int) -> Tensor:
+    """One value a channel, (C,), shaped to go with (N, C, *) of so many dimensions."""
+    return values_c.reshape(1, -1, *(1 for _ in range(dims - 2)))
+
+
+def scaled_and_shifted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``y * weight + bias`` channel by channel; None stands for 1 and for 0."""
+    if weight is not None:
+        y = y * per_channel(weight, y.dim())
+    if bias is not None:
+        y = y + per_channel(bias, y.dim())
+    return y
+
+
+def check_has_channels(x: Tensor) -> None:
+    """Raise a `ValueError` unless ``x`` is (N, C, *)."""
+    if x.dim() < 2:
+        raise ValueError(f"x must be (N, C, *), got shape {tuple(x.shape)}")
+
+
+class ChannelNorm(nn.Module):
+    """A norm of (N, C, *) with a scale and a shift for each channel; methods give `normalize`.
+
+    Args:
+        num_channels: C.
+        eps: Added to the variance.
+        affine: Whether to learn ``weight`` (C,), first 1, and ``bias`` (C,), first 0.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: If there is not at least one channel; in `forward`, if the input has another number of channels or,
+            in classes for 1d, 2d or 3d data, of dimensions. These take one sample without N too.
+    """
+
+    dims: ClassVar[int | None] = None
+    """Spatial dimensions of the data; None for any number."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_channels < 1:
+            raise ValueError(f"num_channels must be 1 or more, got {num_channels}")
+        self.num_channels = num_channels
+        self.eps = eps
+        self.affine = affine
+        if affine:
+            self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale to 1 and the shift to 0."""
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(N, C, *) to (N, C, *)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = self.dims is not None and x.dim() == self.dims + 1
+        x = x.unsqueeze(0) if alone else x
+        if self.dims is not None and x.dim() != self.dims + 2:
+            raise ValueError(
+                f"{type(self).__name__} takes (N, C, *) or (C, *) with {self.dims} spatial dimensions, "
+                f"got shape {tuple(x.shape)}"
+            )
+        if x.dim() < 2 or x.shape[1] != self.num_channels:
+            raise ValueError(
+                f"{type(self).__name__} is made for {self.num_channels} channels, got x of shape {tuple(x.shape)}"
+            )
+        y = self.normalize(x)
+        return y.squeeze(0) if alone else y
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, eps={self.eps}, affine={self.affine}"

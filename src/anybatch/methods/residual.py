@@ -1,0 +1,24 @@
+"""How a residual branch meets its skip connection."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Join(nn.Module):
+    """``branch + skip``, the plain join. The joins of residual rules derive from this one.
+
+    A block asks its join three times: `prepare` for what its branch and its projection take, `forward` where the two
+    meet, and once, when it is built, `activation` for what stands behind the join.
+    """
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What the branch takes, and the projection of a block that has one, in place of ``x``."""
+        return x
+
+    def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
+        return branch + skip
+
+    def activation(self, act: nn.Module) -> nn.Module:
+        """The activation behind the join, through which the skip connection passes from block to block."""
+        return act
