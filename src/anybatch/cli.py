@@ -493,11 +493,11 @@ def list_(
         _print_json(tables)
         return
     if "schemes" in tables:
-        tables["schemes"] = {name: _told(part) for name, part in tables["schemes"].items()}
+        tables["schemes"] = {name: _described(part) for name, part in tables["schemes"].items()}
     _print_tables(tables, "what it is")
 
 
-def _told(part: dict[str, Any]) -> str:
+def _described(part: dict[str, Any]) -> str:
     """A scheme part in one line."""
     free = "batch-free" if part["batch_free"] else "depends on the batch"
     options = ", ".join(f"{name}={default}" for name, default in part["options"].items())
