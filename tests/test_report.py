@@ -32,6 +32,10 @@ STUDIES = {
     "one batch size": {"bn": {4: [0.3, 0.31]}, "gn": {4: [0.2, 0.22]}},
     "one scheme": {"bn": {1: [0.3, 0.31], 32: [0.2, 0.22]}},
     "no errors": {"bn": {1: [0.0, 0.0], 2: [0.0, 0.0]}},
+    "many schemes": {
+        "bn": {1: [0.5, 0.52, 0.51], 32: [0.05, 0.052, 0.051]},
+        **{f"scheme{i}": {1: [0.05, 0.06, 0.055], 32: [0.05, 0.06, 0.055]} for i in range(7)},
+    },
     "nothing": {},
 }
 
@@ -42,6 +46,19 @@ def cell(summary: report.Summary, scheme: str, batch: int) -> report.Cell:
 
 def verdict(study, **options) -> str:
     return "\n".join(report.summarize(make_rows(study, **options))["verdict"])
+
+
+def test_many_schemes_are_told_in_a_few_sentences():
+    said = report.summarize(make_rows(STUDIES["many schemes"]))["verdict"]
+    assert len(said) == 4
+    steady = ", ".join(f"scheme{i}" for i in range(1, 6)) + " and scheme6"
+    assert said[0].startswith(f"At batch 1, {steady} cannot be told apart from scheme0, the lowest mean at 5.5 %")
+    assert said[0].endswith("points more than scheme0.")
+    assert "bn errs 45.5 ± " in said[0]
+    assert said[2].startswith("bn loses 45.9 ± ")
+    assert said[3].startswith("scheme0 (")
+    assert "and scheme6 (" in said[3]
+    assert "show no loss at batch 1: each stays within so many points of its own batch 32" in said[3]
 
 
 def test_interval_of_three_seeds_by_hand():

@@ -24,6 +24,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56
 """Okabe and Ito's palette without its yellow, told apart with any colour vision."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
+SHADED = 6
+"""With more schemes than this the intervals are thin bars, since so many shaded bands hide one another."""
 LOG_FROM = 8
 """Largest over smallest value from which an axis is logarithmic."""
 STYLE: dict[Any, Any] = {
@@ -52,7 +54,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 def overview(summary: Summary) -> Figure:
     """`figure` of a summary."""
     with mpl.rc_context(STYLE):
-        drawn = _new(8.4, 4.1)
+        drawn = _new(8.4, max(4.1, 0.36 * len(summary["schemes"])))
         halves: Any = drawn.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.04)
         left, right = halves
         _draw_error(left.subplots(), summary)
@@ -145,10 +147,14 @@ def _draw_error(ax: Axes, summary: Summary) -> None:
         half = [_or_nan(known[b]["interval"]) if b in known else math.nan for b in summary["batch_sizes"]]
         low = [max(m - h, lowest) if m == m and h == h else math.nan for m, h in zip(mean, half, strict=True)]
         high = [m + h for m, h in zip(mean, half, strict=True)]
-        ax.fill_between(x, low, high, color=kind["color"], alpha=0.13, linewidth=0)
+        shaded = len(summary["schemes"]) <= SHADED
+        if shaded:
+            ax.fill_between(x, low, high, color=kind["color"], alpha=0.13, linewidth=0)
         for index, band in enumerate(zip(x, low, high, strict=True)):
-            if all(map(math.isnan, [*low[max(index - 1, 0) : index], *low[index + 1 : index + 2]])):
-                ax.vlines(*band, color=kind["color"], alpha=0.45, linewidth=1.2)  # nothing to shade between
+            if not shaded or all(map(math.isnan, [*low[max(index - 1, 0) : index], *low[index + 1 : index + 2]])):
+                ax.vlines(
+                    *band, color=kind["color"], alpha=0.45, linewidth=1.2 if shaded else 0.8
+                )  # nothing to shade between
         ax.plot(x, mean, **kind, linewidth=1.8, markersize=5.5, label=scheme)
         for b, cell in known.items():
             ax.plot(
@@ -294,7 +300,8 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None
         ax.annotate(
             _plain(name), (x, y), xytext=(1.03, height), textcoords="axes fraction", va="center", color=color,
             fontweight="bold", parse_math=False, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.5, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.5, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -305,7 +312,7 @@ def _say_nothing(ax: Axes) -> None:
 
 def _dodge(schemes: Sequence[str], scheme: str) -> float:
     """A factor of the batch size that sets schemes side by side, so that equal points don't hide each other."""
-    step = min(0.07, 0.4 / len(schemes))
+    step = min(0.07, 0.6 / len(schemes))
     return 2 ** (step * (schemes.index(scheme) - (len(schemes) - 1) / 2))
 
 

@@ -14,6 +14,8 @@ from anybatch.report.words import listed, percent, points
 if TYPE_CHECKING:
     from anybatch.report.summary import Cell, Difference, Summary
 
+MANY = 4
+"""With more schemes than this beside the lowest, those not told apart from it are named without their numbers."""
 NEAR_CHANCE = 0.9
 """A mean error above this share of guessing's is called close to guessing."""
 
@@ -25,7 +27,7 @@ def sentences(summary: Summary) -> list[str]:
         return ["No run has finished, so nothing is compared.", *_failures(summary)]
     return [
         *_at_batch_sizes(summary, cells),
-        *(said for scheme in summary["schemes"] for said in _against_largest(scheme, summary)),
+        *_against_largest(summary),
         *_near_chance(summary, cells),
         *_failures(summary),
     ]
@@ -57,7 +59,10 @@ def _at_batch(batch: int, lowest: Cell, pairs: list[Difference], cells: list[Cel
     above = {d["scheme"]: points(d["difference"], d["interval"]) for d in pairs}
     worse = [d["scheme"] for d in pairs if d["distinct"]]
     tied = [d["scheme"] for d in pairs if not d["distinct"]]
-    more = listed([f"{scheme} errs {above[scheme]} points more" for scheme in worse])
+    if len(worse) > MANY:
+        more = listed([f"{scheme} ({above[scheme]})" for scheme in worse]) + " err so many points more"
+    else:
+        more = listed([f"{scheme} errs {above[scheme]} points more" for scheme in worse])
     tail = f"; {more} than {name}." if worse else "."
     if not tied:
         return f"{place}{name} has the lowest error, {error}: {more}."
@@ -65,34 +70,55 @@ def _at_batch(batch: int, lowest: Cell, pairs: list[Difference], cells: list[Cel
         other = tied[0]
         both = f"{error} and {percent(means[other])} %"
         said = f"{name} and {other} cannot be told apart ({both}, {above[other]} points apart)"
+    elif len(tied) > MANY:
+        most = percent(max(d["difference"] for d in pairs if not d["distinct"]))
+        said = (
+            f"{listed(tied)} cannot be told apart from {name}, the lowest mean at {error} (theirs are up to {most} "
+            "points higher)"
+        )
     else:
         others = listed([f"{scheme} ({above[scheme]} points more)" for scheme in tied])
         said = f"{others} cannot be told apart from {name}, the lowest mean at {error}"
     return f"{place}{said}{tail}"
 
 
-def _against_largest(scheme: str, summary: Summary) -> Iterator[str]:
-    found = [d for d in summary["against_largest"] if d["scheme"] == scheme]
-    if not found:
-        return
-    reference = found[0]["other_batch_size"]
-    losses = [d for d in found if d["distinct"] and d["difference"] > 0]
-    gains = [d for d in found if d["distinct"] and d["difference"] < 0]
-    rest = [d for d in found if not d["distinct"]]
-    bound = percent(max((abs(d["difference"]) + d["interval"] for d in rest), default=0.0))
-    if not losses and not gains:
-        yield (
-            f"{scheme} shows no loss at {_batches(rest)}: it stays within {bound} points of its own batch {reference}, "
-            "and a change of up to that size is not ruled out."
+def _against_largest(summary: Summary) -> Iterator[str]:
+    """What schemes lose and gain at small batches, those that do neither in one sentence."""
+    steady: dict[tuple[int, str], dict[str, float]] = {}
+    for scheme in summary["schemes"]:
+        found = [d for d in summary["against_largest"] if d["scheme"] == scheme]
+        if not found:
+            continue
+        reference = found[0]["other_batch_size"]
+        losses = [d for d in found if d["distinct"] and d["difference"] > 0]
+        gains = [d for d in found if d["distinct"] and d["difference"] < 0]
+        rest = [d for d in found if not d["distinct"]]
+        bound = max((abs(d["difference"]) + d["interval"] for d in rest), default=0.0)
+        if not losses and not gains:
+            steady.setdefault((reference, _batches(rest)), {})[scheme] = bound
+            continue
+        said = []
+        if losses:
+            said.append(f"loses {_each(losses)}")
+        if gains:
+            said.append(f"gains {_each(gains)}")
+        change = f"{scheme} {' and '.join(said)} against its own batch {reference}"
+        yield change + (
+            f"; at {_batches(rest)} no change shows, up to {percent(bound)} points not ruled out." if rest else "."
         )
-        return
-    said = []
-    if losses:
-        said.append(f"loses {_each(losses)}")
-    if gains:
-        said.append(f"gains {_each(gains)}")
-    change = f"{scheme} {' and '.join(said)} against its own batch {reference}"
-    yield change + (f"; at {_batches(rest)} no change shows, up to {bound} points not ruled out." if rest else ".")
+    for (reference, batches), bounds in steady.items():
+        if len(bounds) == 1:
+            ((scheme, bound),) = bounds.items()
+            yield (
+                f"{scheme} shows no loss at {batches}: it stays within {percent(bound)} points of its own batch "
+                f"{reference}, and a change of up to that size is not ruled out."
+            )
+        else:
+            within = listed([f"{scheme} ({percent(bound)})" for scheme, bound in bounds.items()])
+            yield (
+                f"{within} show no loss at {batches}: each stays within so many points of its own batch {reference}, "
+                "and a change of up to that size is not ruled out."
+            )
 
 
 def _each(found: list[Difference]) -> str:
