@@ -73,7 +73,9 @@ def test_half_precision_in_half_precision_out(case: LayerCase, dtype: torch.dtyp
     assert y.dtype == dtype
     assert {t.grad.dtype for t in (x, *layer.parameters()) if t.grad is not None} == {dtype}
     exact = copy.deepcopy(layer).double()(x.detach().double())
-    terms = max((p[0].numel() for p in layer.parameters()), default=1)  # rounding of each product of a convolution
+    terms = max(
+        (p[0].numel() for p in layer.parameters() if p.dim()), default=1
+    )  # rounding of each product of a convolution
     eps = torch.finfo(dtype).eps
     assert_error_within(y, exact, eps * (2 * exact.abs().max().item() + 2 * terms**0.5))
 
@@ -94,6 +96,41 @@ def test_batch_of_one_equals_the_sample_in_a_batch(case: LayerCase) -> None:
     together = layer(x)
     for i in range(len(x)):
         torch.testing.assert_close(layer(x[i : i + 1]), together[i : i + 1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_vmap_over_samples_gives_what_the_batch_gives(case: LayerCase) -> None:
+    layer, x = case.make(dtype=torch.float64), case.input(torch.float64)
+    expected = layer(x)
+    got = torch.func.vmap(lambda sample: layer(sample[None])[0])(x)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.name.partition("-")[0].endswith("d")], ids=str)
+def test_layers_of_known_dimensions_take_one_sample_without_a_batch(case: LayerCase) -> None:
+    layer, x = case.make(dtype=torch.float64), case.input(torch.float64)
+    torch.testing.assert_close(layer(x[0]), layer(x[:1])[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.14159, 1000.0])
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_a_constant_input_gives_finite_output_and_gradients(case: LayerCase, value: float) -> None:
+    layer, x = case.make(), torch.full(case.shape, value, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    for t in (x, *layer.parameters()):
+        assert t.grad is None or t.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_an_input_of_mean_1000_costs_three_digits_and_no_more(case: LayerCase) -> None:
+    # A mean's rounding counts 1000-fold behind the division by the deviation; a difference of squares would err by 1.
+    layer, x = case.make(), case.input() + 1000
+    exact = copy.deepcopy(layer).double()(x.double())
+    terms = max((p[0].numel() for p in layer.parameters() if p.dim()), default=1)
+    eps = torch.finfo(torch.float32).eps
+    assert_error_within(layer(x), exact, 8 * 1001 * eps * max(exact.abs().max().item() / 1001, terms**0.5, 3))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -144,7 +181,7 @@ def test_autocast_gives_finite_values_near_float32(case: LayerCase) -> None:
         y = layer(x)
         assert layer(x.bfloat16()).dtype == torch.bfloat16
     y.float().sum().backward() if y.requires_grad else None
-    terms = max((p[0].numel() for p in layer.parameters()), default=1)
+    terms = max((p[0].numel() for p in layer.parameters() if p.dim()), default=1)
     eps = torch.finfo(torch.bfloat16).eps
     assert_error_within(y, exact, eps * (2 * exact.abs().max().item() + 2 * terms**0.5))
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)

@@ -95,6 +95,12 @@ def test_reference_passes_gradcheck(case: OpCase) -> None:
     assert torch.autograd.gradcheck(lambda *a: case.op.reference(*a, **case.options), args, fast_mode=not slow)
 
 
+@pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
+def test_second_derivatives_are_right(case: OpCase) -> None:
+    args = [a.requires_grad_() if isinstance(a, Tensor) else a for a in case.arguments(torch.float64)]
+    assert torch.autograd.gradgradcheck(lambda *a: case.op(*a, **case.options), args, fast_mode=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize("case", [*OPS, *MIXED_OPS], ids=str)
 @pytest.mark.parametrize("choice", ["auto", "reference"])
