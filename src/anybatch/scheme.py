@@ -20,6 +20,12 @@ def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
         raise ValueError(f"{name}={value!r} is not a number from 0 to {at_most:g}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise a `ValueError` unless an option is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is neither True nor False")
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How a network normalizes. Parts fill slots and add up: ``ws() + gn()``.
@@ -40,6 +46,7 @@ class Scheme:
         init: Called with the finished model.
         clip: Called with the finished model; returns a function without arguments that clips the gradients, called
             before each step of the optimizer.
+        conv_bias: Whether convolutions learn biases though a norm follows, as behind one that does not shift.
         batch_independent: Whether a sample's output and gradient never depend on other samples.
         needs_norm: Whether a network cannot train unless a part fills ``norm`` or ``norm_act`` too.
         sources: Where the method is defined.
@@ -56,6 +63,7 @@ class Scheme:
     residual: Factory | None = None
     init: Factory | None = None
     clip: Factory | None = None
+    conv_bias: bool = False
     batch_independent: bool = True
     needs_norm: bool = False
     sources: tuple[str, ...] = ()
@@ -81,6 +89,7 @@ class Scheme:
         return Scheme(
             name="+".join(names) or first.name,
             **merged,
+            conv_bias=first.conv_bias or second.conv_bias,
             batch_independent=first.batch_independent and second.batch_independent,
             needs_norm=first.needs_norm or second.needs_norm,
             sources=tuple(dict.fromkeys(first.sources + second.sources)),

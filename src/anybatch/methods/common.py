@@ -33,12 +33,11 @@ def check_has_channels(x: Tensor) -> None:
         raise ValueError(f"x must be (N, C, *), got shape {tuple(x.shape)}")
 
 
-class ChannelNorm(nn.Module):
-    """A norm of (N, C, *) with a scale and a shift for each channel; methods give `normalize`.
+class ChannelLayer(nn.Module):
+    """A function of (N, C, *) with a scale and a shift for each channel; methods give `normalize`.
 
     Args:
         num_channels: C.
-        eps: Added to the variance.
         affine: Whether to learn ``weight`` (C,), first 1, and ``bias`` (C,), first 0.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -51,10 +50,12 @@ class ChannelNorm(nn.Module):
     dims: ClassVar[int | None] = None
     """Spatial dimensions of the data; None for any number."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         num_channels: int,
-        eps: float = 1e-5,
         affine: bool = True,
         *,
         device: torch.device | str | None = None,
@@ -64,21 +65,33 @@ class ChannelNorm(nn.Module):
         if num_channels < 1:
             raise ValueError(f"num_channels must be 1 or more, got {num_channels}")
         self.num_channels = num_channels
-        self.eps = eps
         self.affine = affine
+        self._starts: dict[str, float] = {}
         if affine:
-            self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+            self.learn("weight", 1.0, device=device, dtype=dtype)
+            self.learn("bias", 0.0, device=device, dtype=dtype)
         else:
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
-        self.reset_parameters()
+
+    def learn(
+        self,
+        name: str,
+        start: float,
+        size: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add a parameter of ``size`` values, C by default, that starts at one value."""
+        values = torch.full((size or self.num_channels,), float(start), device=device, dtype=dtype)
+        self.register_parameter(name, nn.Parameter(values))
+        self._starts[name] = start
 
     def reset_parameters(self) -> None:
-        """Set the scale to 1 and the shift to 0."""
-        if self.affine:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
+        """Set every parameter to the value it starts at; the scale to 1, the shift to 0."""
+        for name, start in self._starts.items():
+            nn.init.constant_(self.get_parameter(name), start)
 
     def normalize(self, x: Tensor) -> Tensor:
         """(N, C, *) to (N, C, *)."""
@@ -98,6 +111,33 @@ class ChannelNorm(nn.Module):
             )
         y = self.normalize(x)
         return y.squeeze(0) if alone else y
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, affine={self.affine}"
+
+
+class ChannelNorm(ChannelLayer):
+    """A `ChannelLayer` that divides by a root to whose radicand ``eps`` is added.
+
+    Args:
+        num_channels: C.
+        eps: Added to the variance.
+        affine: Whether to learn ``weight`` (C,), first 1, and ``bias`` (C,), first 0.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_channels, affine, device=device, dtype=dtype)
+        self.eps = eps
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, eps={self.eps}, affine={self.affine}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anybatch.dispatch import op
 from anybatch.methods.common import ChannelNorm, check_has_channels, scaled_and_shifted, widened
-from anybatch.scheme import Scheme, check_number
+from anybatch.scheme import Scheme, check_flag, check_number
 
 Groups = int | Literal["auto"]
 
@@ -92,8 +92,8 @@ def resolve_groups(channels: int, groups: Groups = 32, group_size: int | None = 
         raise ValueError(f"groups={groups!r} is neither a number nor 'auto'")
     if groups < 1 or channels % groups:
         raise ValueError(
-            f"groups={groups} does not divide {channels} channels; use groups='auto' (in a scheme gn:auto; here "
-            f"{resolve_groups(channels, 'auto')}) or group_size= (gn/8)"
+            f"groups={groups} does not divide {channels} channels; use groups='auto' (in a scheme :auto as in gn:auto; "
+            f"here {resolve_groups(channels, 'auto')}) or group_size= (/8)"
         )
     return groups
 
@@ -144,31 +144,33 @@ class GroupNorm(ChannelNorm):
         return f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
 
 
-def gn(groups: Groups = 32, *, group_size: int | None = None, eps: float = 1e-5) -> Scheme:
-    """Group normalization after plain convolutions."""
-    check_number("eps", eps)
+def check_groups(groups: Groups, group_size: int | None) -> None:
+    """Raise a `ValueError` unless a part's options name the groups in one way: by their number, or by their size."""
     if group_size is not None and groups != 32:
         raise ValueError(f"groups={groups!r} and group_size={group_size!r} exclude each other; give one")
     if groups != "auto" and not (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0):
         raise ValueError(f"groups={groups!r} is neither a number above 0 nor 'auto'")
     if group_size is not None and not (isinstance(group_size, int) and group_size > 0):
         raise ValueError(f"group_size={group_size!r} is not a number above 0")
-    return Scheme(
-        name="gn",
-        norm=partial(GroupNorm, num_groups=groups, group_size=group_size, eps=eps),
-        sources=("arXiv:1803.08494",),
-    )
 
 
-def ln(*, eps: float = 1e-5) -> Scheme:
+def gn(groups: Groups = 32, *, group_size: int | None = None, eps: float = 1e-5, affine: bool = True) -> Scheme:
+    """Group normalization after plain convolutions."""
+    check_groups(groups, group_size)
+    return _scheme("gn", eps, affine, "arXiv:1803.08494", num_groups=groups, group_size=group_size)
+
+
+def ln(*, eps: float = 1e-5, affine: bool = True) -> Scheme:
     """Layer normalization over (C, *) with a scale for each channel, as the GroupNorm paper compares it."""
-    check_number("eps", eps)
-    return Scheme(
-        name="ln", norm=partial(GroupNorm, num_groups=1, eps=eps), sources=("arXiv:1607.06450", "arXiv:1803.08494")
-    )
+    return _scheme("ln", eps, affine, "arXiv:1607.06450", "arXiv:1803.08494", num_groups=1)
 
 
-def in_(*, eps: float = 1e-5) -> Scheme:
+def in_(*, eps: float = 1e-5, affine: bool = True) -> Scheme:
     """Instance normalization with a scale for each channel; refuses 1 x 1 maps, which it would erase."""
+    return _scheme("in", eps, affine, "arXiv:1607.08022", group_size=1)
+
+
+def _scheme(name: str, eps: float, affine: bool, *sources: str, **groups: Groups | None) -> Scheme:
     check_number("eps", eps)
-    return Scheme(name="in", norm=partial(GroupNorm, group_size=1, eps=eps), sources=("arXiv:1607.08022",))
+    check_flag("affine", affine)
+    return Scheme(name=name, norm=partial(GroupNorm, eps=eps, affine=affine, **groups), sources=sources)

@@ -49,7 +49,7 @@ class Pieces:
         """A convolution that keeps the map's size at stride 1, with a bias where the scheme has no norm that shifts."""
         make = self._of_dims(self.scheme.conv or _CONVS)
         if bias is None:
-            bias = self.scheme.norm is None and self.scheme.norm_act is None
+            bias = self.scheme.conv_bias or (self.scheme.norm is None and self.scheme.norm_act is None)
         return make(
             in_channels,
             out_channels,
