@@ -14,6 +14,7 @@ from typing import Any
 from anybatch import kernels as kernels  # attaches the fast paths to the references
 from anybatch.methods.batch_norm import bn
 from anybatch.methods.group_norm import gn, in_, ln
+from anybatch.methods.scaled_weight_standardization import sws
 from anybatch.methods.weight_standardization import ws
 from anybatch.scheme import Scheme
 from anybatch.suggest import unknown
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[..., Scheme]] = {
     "in": in_,
     "ln": ln,
     "none": none,
+    "sws": sws,
     "ws": ws,
 }
 
@@ -57,6 +59,7 @@ ALIASES: dict[str, str] = {
     "layer": "ln",
     "layernorm": "ln",
     "identity": "none",
+    "scaledstdconv2d": "sws",
     "stdconv2d": "ws",
     "weightstandardization": "ws",
 }

@@ -12,6 +12,15 @@ from anybatch.methods.common import widened
 from anybatch.scheme import Scheme, check_number
 
 
+def check_fan_in(where: str, weight: Tensor) -> None:
+    """Raise a `ValueError` unless each filter of (O, I, *) has two values or more."""
+    if weight.dim() < 2 or weight[0].numel() == 1:
+        raise ValueError(
+            f"{where} needs two values or more in a filter, got weight of shape {tuple(weight.shape)}: a filter that "
+            f"has one value, which standardizing would set to 0; use a plain layer there"
+        )
+
+
 @op
 def weight_standardize(weight: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Give each filter zero mean and unit variance over its inputs.
@@ -36,11 +45,7 @@ def weight_standardize(weight: Tensor, *, eps: float = 1e-6) -> Tensor:
         Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
         arXiv:1903.10520, section "Weight Standardization".
     """
-    if weight.dim() < 2 or weight[0].numel() == 1:
-        raise ValueError(
-            f"a filter of shape {tuple(weight.shape)} has one value, which standardizing would set to 0; "
-            f"use a plain layer there"
-        )
+    check_fan_in("weight_standardize", weight)
     w = widened(weight)
     var, mean = torch.var_mean(w, dim=tuple(range(1, w.dim())), correction=0, keepdim=True)
     return ((w - mean) * torch.rsqrt(var + eps)).to(weight.dtype)

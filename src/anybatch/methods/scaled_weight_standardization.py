@@ -1,0 +1,179 @@
+"""Scaled Weight Standardization: filters of zero mean and unit norm, times a gain, for networks without norms."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.dispatch import op
+from anybatch.methods.common import widened
+from anybatch.methods.weight_standardization import check_fan_in
+from anybatch.scheme import Scheme, check_number
+
+EpsRule = Literal["max", "add"]
+
+
+@op
+def scaled_weight_standardize(
+    weight: Tensor, gain: Tensor | None = None, *, eps: float = 1e-4, eps_rule: EpsRule = "max"
+) -> Tensor:
+    """Give each filter zero mean and unit norm, so that its output has the variance of its input; then a gain.
+
+    ``gain * (W - mean) / sqrt(max(N * var, eps))``, mean and biased variance over all but the first dimension, whose
+    N values are the filter's fan-in. N var is the squared norm of the centred filter: eps acts only where that norm is
+    below 0.01. The paper prints no eps; this is its release's rule. Statistics are taken in float32 or wider.
+
+    Args:
+        weight: (O, I, *), floating point; the result keeps its memory format.
+        gain: O values of any shape, or None for 1.
+        eps: What N var is at least.
+        eps_rule: ``"max"`` as released; ``"add"`` for ``sqrt(N * (var + eps))``, which timm computes (with eps 1e-5 in
+            its models), to load weights that were trained so: there eps acts on every filter, and more the larger N.
+
+    Returns:
+        (O, I, *), with the dtype of ``weight``.
+
+    Raises:
+        ValueError: If a filter has a single value, which standardizing would set to 0, or ``eps_rule`` is another word.
+
+    Source:
+        Brock, De and Smith 2021, arXiv:2101.08692, section 4; Brock et al. 2021, arXiv:2102.06171, section 3; eps of
+        their release (deepmind-research, nfnets/base.py).
+    """
+    check_fan_in("scaled_weight_standardize", weight)
+    check_eps_rule(eps_rule)
+    w = widened(weight)
+    rest = tuple(range(1, w.dim()))
+    size = weight[0].numel()
+    centred = w - w.mean(rest, keepdim=True)
+    squared_norm = centred.square().sum(rest, keepdim=True)
+    floored = squared_norm.clamp_min(eps) if eps_rule == "max" else squared_norm + size * eps
+    standardized = centred * torch.rsqrt(floored)
+    if gain is not None:
+        standardized = standardized * gain.reshape(-1, *(1 for _ in rest))
+    return standardized.to(weight.dtype)
+
+
+def check_eps_rule(eps_rule: str) -> None:
+    """Raise a `ValueError` for a rule that does not exist."""
+    if eps_rule not in ("max", "add"):
+        raise ValueError(f"eps_rule={eps_rule!r} is neither 'max' nor 'add'")
+
+
+class _ScaledWS(nn.Module):
+    """What convolutions and the linear layer share: gain, initialization, and the filter they multiply with."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        *args: Any,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        eps_rule: EpsRule = "max",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs, device=device, dtype=dtype)
+        check_fan_in(type(self).__name__, self.weight)
+        check_eps_rule(eps_rule)
+        self.gamma = gamma
+        self.eps = eps
+        self.eps_rule: EpsRule = eps_rule
+        self.gain = nn.Parameter(torch.empty(len(self.weight), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Filters normal with variance 1 / fan-in (LeCun's), biases 0, gains 1."""
+        if not hasattr(self, "gain"):
+            return  # torch's constructor calls this before the gain is there
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        nn.init.ones_(self.gain)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def standardized(self) -> Tensor:
+        """The filter that the layer multiplies with."""
+        gain = self.gain if self.gamma == 1 else self.gamma * self.gain
+        return scaled_weight_standardize(self.weight, gain, eps=self.eps, eps_rule=self.eps_rule)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        gain = state_dict.get(f"{prefix}gain")
+        if isinstance(gain, Tensor) and gain.dim() > 1 and gain.numel() == self.gain.numel():
+            state_dict[f"{prefix}gain"] = gain.reshape(-1)  # timm's is (O, 1, 1, 1); the dict is load_state_dict's own
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gamma={self.gamma}, eps={self.eps}, eps_rule={self.eps_rule}"
+
+
+class _ScaledWSConv(_ScaledWS, nn.modules.conv._ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.standardized(), self.bias)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
+_DOC = """{what} whose filters have zero mean and norm ``gain``: torch's ``{base}`` and its arguments.
+
+    ``y = {op}(x, gamma * gain * (W - mean W) / sqrt(max(N * var W, eps))) + bias``, biased variance over the N inputs
+    of each filter. The output has the variance of the input, also where the input has a mean: behind an activation
+    times its gain (`ScaledActivation`), 1. Filters start normal with variance 1 / N, biases at 0. The published
+    networks keep the bias everywhere.{depthwise}
+
+    Args:
+        gamma: A constant factor of the filter: an activation's gain where, as in the paper and in timm's models, it is
+            not applied to the activation.
+        eps: What N var is at least.
+        eps_rule: ``"max"`` as released; ``"add"`` for ``sqrt(N * (var + eps))``, as timm computes (eps 1e-5).
+
+    All keyword only, behind ``{base}``'s arguments.
+
+    Learned beside the filter: ``gain`` (O,), first 1. A state dict may hold it as (O, 1, 1, 1), as timm's
+    ``ScaledStdConv2d`` does.
+
+    Shape:
+        As ``torch.nn.{base}``.
+
+    Raises:
+        ValueError: If a filter has a single value.
+
+    Source:
+        Brock, De and Smith 2021, arXiv:2101.08692, section 4; Brock et al. 2021, arXiv:2102.06171, section 3.
+    """
+_DEPTHWISE = """ Depthwise filters are allowed but over-constrained: two of
+    their nine values, in a 3 x 3 kernel, are no longer free."""
+
+
+class ScaledWSConv1d(_ScaledWSConv, nn.Conv1d):
+    __doc__ = _DOC.format(what="A convolution", op="conv", base="Conv1d", depthwise=_DEPTHWISE)
+
+
+class ScaledWSConv2d(_ScaledWSConv, nn.Conv2d):
+    __doc__ = _DOC.format(what="A convolution", op="conv", base="Conv2d", depthwise=_DEPTHWISE)
+
+
+class ScaledWSConv3d(_ScaledWSConv, nn.Conv3d):
+    __doc__ = _DOC.format(what="A convolution", op="conv", base="Conv3d", depthwise=_DEPTHWISE)
+
+
+class ScaledWSLinear(_ScaledWS, nn.Linear):
+    __doc__ = _DOC.format(what="A linear layer", op="linear", base="Linear", depthwise="")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.standardized(), self.bias)
+
+
+def sws(*, gamma: float = 1.0, eps: float = 1e-4, eps_rule: EpsRule = "max") -> Scheme:
+    """Scaled Weight Standardization in every convolution and nothing else; meant for ``nf``, which adds the rest."""
+    check_number("gamma", gamma)
+    check_number("eps", eps)
+    check_eps_rule(eps_rule)
+    one_d, two_d, three_d = (
+        partial(layer, gamma=gamma, eps=eps, eps_rule=eps_rule)
+        for layer in (ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d)
+    )
+    return Scheme(name="sws", conv=(one_d, two_d, three_d), sources=("arXiv:2101.08692", "arXiv:2102.06171"))
