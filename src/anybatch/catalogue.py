@@ -22,9 +22,9 @@ def _sentence(function: Any) -> str:
 
 
 def _models() -> dict[str, str]:
-    from anybatch.models.registry import describe_models
+    from anybatch.models.registry import list_models, model_entry
 
-    return describe_models()
+    return {name: model_entry(name).about for name in list_models()}
 
 
 def _schemes() -> dict[str, dict[str, Any]]:

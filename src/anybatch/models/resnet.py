@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from anybatch.models.blocks import Pieces
+from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
 from anybatch.scheme import Scheme
 
@@ -146,7 +146,7 @@ class PreActBottleneck(_Block):
 Block = type[_Block]
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A residual network.
 
     Args:
@@ -161,6 +161,7 @@ class ResNet(nn.Module):
         base_width: Channels of that convolution per 64 channels of the stage and per group.
         zero_init_residual: Whether the last norm of each branch starts with scale 0, so that a block starts as the
             identity. Off as in torchvision; the GroupNorm paper has it on for ImageNet, the WS paper off.
+        drop_rate: Dropout before the classifier.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes).
@@ -187,12 +188,13 @@ class ResNet(nn.Module):
         groups: int = 1,
         base_width: int = 64,
         zero_init_residual: bool = False,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
         pieces = Pieces(scheme, blocks=sum(depths), zero_init_residual=zero_init_residual)
-        self.num_classes = num_classes
+        self.in_chans = in_chans
         if stem == "imagenet":
             self.conv1 = pieces.conv(in_chans, width, 7, 2)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -204,30 +206,24 @@ class ResNet(nn.Module):
         # A pre-activated network normalizes at the start of its blocks and once behind the last.
         self.bn1, self.act1 = (nn.Identity(), nn.Identity()) if block.preactivated else pieces.norm_act(width)
         channels = width
-        self.stages: list[str] = []
+        reduction = 1 if stem == "cifar" else 2
+        levels = [Level(("conv1", "bn1", "act1"), width, reduction)]
+        reduction = 1 if stem == "cifar" else 4
         for i, depth in enumerate(depths):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 blocks.append(block(pieces, channels, width * 2**i, stride, groups=groups, base_width=base_width))
                 channels = width * 2**i * block.expansion
-            self.stages.append(f"layer{i + 1}")
-            self.add_module(self.stages[-1], nn.Sequential(*blocks))
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            first = ("maxpool",) if i == 0 else ()
+            levels.append(Level((*first, f"layer{i + 1}"), channels, reduction * 2**i))
+        self.levels, self.tail = tuple(levels), ("final_norm", "final_act")
         final = pieces.norm_act(channels) if block.preactivated else (nn.Identity(), nn.Identity())
         self.final_norm, self.final_act = final
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        self._add_classifier(channels, num_classes, drop_rate)
         pieces.init(self)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map, (N, C, H / reduction, W / reduction)."""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        for name in self.stages:
-            x = self.get_submodule(name)(x)
-        return self.final_act(self.final_norm(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.forward_features(x)), 1))
 
 
 def _resnet(name: str, doc: str, block: Block, depths: Sequence[int], **fixed: int | str) -> None:
@@ -243,7 +239,8 @@ def _resnet(name: str, doc: str, block: Block, depths: Sequence[int], **fixed: i
         width: int = width,
         stem: str = stem,
         zero_init_residual: bool = False,
-    ) -> nn.Module:
+        drop_rate: float = 0.0,
+    ) -> Network:
         return ResNet(
             scheme,
             block,
@@ -253,6 +250,7 @@ def _resnet(name: str, doc: str, block: Block, depths: Sequence[int], **fixed: i
             width=width,
             stem=stem,
             zero_init_residual=zero_init_residual,
+            drop_rate=drop_rate,
             **grouping,
         )
 

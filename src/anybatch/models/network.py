@@ -1,0 +1,175 @@
+"""What every network offers beside its logits: features, a head that can be exchanged, checkpointing, a description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Level:
+    """A map that a network offers."""
+
+    modules: tuple[str, ...]
+    """The submodules that lead to it from the level before, in order."""
+    channels: int
+    reduction: int
+    """Input pixels along a side for each of the map's."""
+
+
+class Network(nn.Module):
+    """A chain of submodules: levels, each ending in a map; a tail behind the last; pooling; a classifier.
+
+    Families set the attributes below and the submodules they name, and inherit the rest. The names of methods and their
+    arguments are timm's.
+
+    Shape:
+        (N, in_chans, H, W) to (N, num_classes); without classes, to (N, num_features).
+    """
+
+    levels: tuple[Level, ...]
+    tail: tuple[str, ...] = ()
+    """Submodules behind the last level that belong to the features, such as a last norm."""
+    pool: tuple[str, ...] = ("avgpool",)
+    """Submodules from the features to (N, num_features), or to a shape that flattening gives it."""
+    classifier: str = "fc"
+    """The name of the last submodule."""
+    num_features: int
+    num_classes: int
+    in_chans: int
+    default_cfg: dict[str, Any]
+    """What images it is meant for (``input_size``, ``mean``, ``std``, ``interpolation``) and where it is from."""
+    grad_checkpointing = False
+
+    def _add_classifier(self, num_features: int, num_classes: int, drop_rate: float) -> None:
+        """Dropout at ``drop_rate`` and a linear classifier, the identity for 0 classes."""
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+        self.num_features, self.num_classes = num_features, num_classes
+        self.drop = nn.Dropout(drop_rate)
+        self.add_module(self.classifier, _linear(num_features, num_classes))
+
+    def _run(self, names: Iterable[str], x: Tensor) -> Tensor:
+        for name in names:
+            module = self.get_submodule(name)
+            if self.grad_checkpointing and self.training and isinstance(module, nn.Sequential):
+                for block in module:
+                    x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                x = module(x)
+        return x
+
+    def _maps(self, x: Tensor) -> Iterator[Tensor]:
+        least = self.levels[-1].reduction
+        if x.dim() != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < least:
+            raise ValueError(
+                f"the network takes (N, {self.in_chans}, H, W) with sides of {least} pixels or more, "
+                f"got shape {tuple(x.shape)}"
+            )
+        for level in self.levels:
+            x = self._run(level.modules, x)
+            yield x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map from which the head pools, (N, num_features or other channels, H / reduction, W / reduction)."""
+        for y in self._maps(x):
+            x = y
+        return self._run(self.tail, x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of a map that `forward_features` gave, or what the classifier takes."""
+        x = self.drop(torch.flatten(self._run(self.pool, x), 1))
+        return x if pre_logits else self.get_classifier()(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """The maps of some levels: the last ``indices`` of them, those with these numbers, or all."""
+        wanted = _numbers(indices, len(self.levels))
+        found = {i: y for i, y in enumerate(self._maps(x)) if i in wanted}
+        return [found[i] for i in wanted]
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """``num_chs``, ``reduction`` and ``module`` of each level."""
+        return [
+            {"num_chs": level.channels, "reduction": level.reduction, "module": level.modules[-1]}
+            for level in self.levels
+        ]
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer: linear, or the identity."""
+        return self.get_submodule(self.classifier)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new linear layer for so many classes; 0 for none, which gives pooled features."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
+        like = next(self.parameters())
+        _replace(self, self.classifier, _linear(self.num_features, num_classes).to(like.device, like.dtype))
+        self.num_classes = num_classes
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for backward, and compute the rest again.
+
+        Layers that update statistics in training, such as BatchNorm, then update them twice a step.
+        """
+        self.grad_checkpointing = enable
+
+
+class FeaturePyramid(nn.Module):
+    """The maps of a network's levels as a list, for detection and segmentation; its head is gone.
+
+    Args:
+        network: The network; it is used, not copied.
+        out_indices: Numbers of the levels to give, finest first; None for all.
+
+    Shape:
+        (N, in_chans, H, W) to a list of (N, C, H / reduction, W / reduction).
+    """
+
+    def __init__(self, network: Network, out_indices: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.out_indices = _numbers(out_indices, len(network.levels))
+        network.reset_classifier(0)
+        last = max(self.out_indices)
+        for name in [*(n for level in network.levels[last + 1 :] for n in level.modules), *network.tail, *network.pool]:
+            _replace(network, name, nn.Identity())
+        network.levels, network.tail = network.levels[: last + 1], ()
+        self.network = network
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """``num_chs``, ``reduction`` and ``module`` of each map."""
+        known = self.network.feature_info
+        return [known[i] for i in self.out_indices]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.network.forward_intermediates(x, self.out_indices)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _linear(num_features: int, num_classes: int) -> nn.Module:
+    return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
+
+
+def _numbers(indices: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Numbers of levels, from the front; negative ones count from the last."""
+    if indices is None:
+        indices = range(count)
+    elif isinstance(indices, int):
+        indices = range(count - indices, count)
+    for i in indices:
+        if not -count <= i < count:
+            raise ValueError(f"there are {count} levels, numbered from 0 to {count - 1}; got {i}")
+    return tuple(i % count for i in indices)

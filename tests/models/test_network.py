@@ -1,0 +1,101 @@
+"""What every network offers: features, pyramids, an exchangeable head, checkpointing, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import anybatch
+from anybatch.models.network import FeaturePyramid, Network
+from helpers import assert_same_gradients, gradients
+
+
+def network(**options: object) -> Network:
+    torch.manual_seed(0)
+    made = anybatch.create_model("resnet18", "gn:auto", num_classes=4, width=8, **options)
+    assert isinstance(made, Network)
+    return made
+
+
+def test_the_head_of_the_features_gives_the_logits() -> None:
+    model, x = network().eval(), torch.randn(2, 3, 40, 64)
+    features = model.forward_features(x)
+    torch.testing.assert_close(model.forward_head(features), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.mean((2, 3)))
+
+
+def test_intermediate_maps_are_those_of_the_levels() -> None:
+    model, x = network().eval(), torch.randn(1, 3, 64, 64)
+    maps = model.forward_intermediates(x)
+    assert [y.shape[1] for y in maps] == [info["num_chs"] for info in model.feature_info] == [8, 8, 16, 32, 64]
+    assert [64 // y.shape[2] for y in maps] == [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16, 32]
+    assert [info["module"] for info in model.feature_info] == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    torch.testing.assert_close(maps[-1], model.forward_features(x), rtol=0, atol=0)
+    for got, i in zip(model.forward_intermediates(x, [-1, 1]), (4, 1), strict=True):
+        torch.testing.assert_close(got, maps[i], rtol=0, atol=0)
+    assert len(model.forward_intermediates(x, 2)) == 2
+    with pytest.raises(ValueError, match="there are 5 levels, numbered from 0 to 4; got 5"):
+        model.forward_intermediates(x, [5])
+
+
+def test_a_pyramid_gives_the_same_maps_and_has_no_head() -> None:
+    model, x = network().eval(), torch.randn(1, 3, 64, 64)
+    maps = model.forward_intermediates(x)
+    pyramid = FeaturePyramid(copy.deepcopy(model), (1, 3))
+    assert [info["reduction"] for info in pyramid.feature_info] == [4, 16]
+    for got, i in zip(pyramid(x), (1, 3), strict=True):
+        torch.testing.assert_close(got, maps[i], rtol=0, atol=0)
+    names = {name for name, _ in pyramid.named_parameters()}
+    assert not [name for name in names if "layer4" in name or "fc" in name]
+    sum(y.sum() for y in pyramid.train()(x)).backward()
+    assert all(p.grad is not None for p in pyramid.parameters())  # DDP refuses parameters without a gradient
+
+
+def test_the_classifier_can_be_exchanged() -> None:
+    model, x = network().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model.num_classes == 7
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert model(x).shape == (2, model.num_features)
+    with pytest.raises(ValueError, match="num_classes must be 0 or more, got -1"):
+        model.reset_classifier(-1)
+
+
+def test_checkpointing_changes_memory_and_nothing_else() -> None:
+    model, x = network().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    kept: list[int] = []
+    found = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(x).square().sum()
+        loss.backward()
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0], relative=1e-12)
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_dropout_before_the_classifier_drops_in_training_alone() -> None:
+    model, x = network(drop_rate=0.5), torch.randn(2, 3, 32, 32)
+    assert (model.forward_head(model.forward_features(x), pre_logits=True) == 0).any()
+    torch.testing.assert_close(model.eval()(x), model(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"drop_rate must be in \[0, 1\), got 1"):
+        network(drop_rate=1.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 1, 64, 64), (3, 64, 64)], ids=str)
+def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"takes \(N, 3, H, W\) with sides of 32 pixels or more, got shape \("):
+        network()(torch.zeros(shape))
