@@ -21,10 +21,30 @@ def _sentence(function: Any) -> str:
     return re.split(r"(?<=\.) (?=[A-Z])", text)[0]
 
 
-def _models() -> dict[str, str]:
-    from anybatch.models.registry import list_models, model_entry
+def _models() -> dict[str, dict[str, Any]]:
+    import torch
 
-    return {name: model_entry(name).about for name in list_models()}
+    from anybatch.measure import multiply_adds
+    from anybatch.models import Network, create_model, list_models, model_entry
+
+    told = {}
+    for name in list_models():
+        entry = model_entry(name)
+        with torch.device("meta"):
+            model = create_model(name)
+            counted = multiply_adds(model, torch.empty(1, 3, entry.size, entry.size))
+        told[name] = {
+            "about": entry.about,
+            "family": entry.family,
+            "scheme": entry.scheme,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": counted,
+            "size": entry.size,
+            "strides": [info["reduction"] for info in model.feature_info] if isinstance(model, Network) else [],
+            "published_top1": entry.published,
+            "source": entry.source,
+        }
+    return told
 
 
 def _schemes() -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -488,12 +489,15 @@ def list_(
     chosen = [
         name for name, on in (("models", models), ("schemes", schemes), ("recipes", recipes), ("data", data)) if on
     ]
-    tables = catalogue.tables(chosen or ["schemes", "models", "recipes", "data"])
+    with err.status("counting") if err.is_terminal else contextlib.nullcontext():
+        tables = catalogue.tables(chosen or ["schemes", "models", "recipes", "data"])
     if as_json:
         _print_json(tables)
         return
     if "schemes" in tables:
         tables["schemes"] = {name: _described(part) for name, part in tables["schemes"].items()}
+    if "models" in tables:
+        tables["models"] = {name: _counted(model) for name, model in tables["models"].items()}
     _print_tables(tables, "what it is")
 
 
@@ -503,6 +507,15 @@ def _described(part: dict[str, Any]) -> str:
     options = ", ".join(f"{name}={default}" for name, default in part["options"].items())
     return f"{part['about']} {free.capitalize()}; {', '.join(part['sources']) or 'no source'}." + (
         f" Options: {options}." if options else ""
+    )
+
+
+def _counted(model: dict[str, Any]) -> str:
+    """A network in one line."""
+    accuracy = f"; published {model['published_top1']:g} %" if model["published_top1"] is not None else ""
+    return (
+        f"{model['about']} {model['parameters'] / 1e6:.4g} M parameters, {model['multiply_adds'] / 1e9:.3g} G "
+        f"multiply-adds at {model['size']} pixels with {model['scheme']}{accuracy}."
     )
 
 

@@ -226,10 +226,24 @@ class ResNet(Network):
         pieces.init(self)
 
 
-def _resnet(name: str, doc: str, block: Block, depths: Sequence[int], **fixed: int | str) -> None:
+TORCHVISION = "torchvision's IMAGENET1K_V1 weights, with bn"
+
+
+def _resnet(
+    name: str,
+    doc: str,
+    block: Block,
+    depths: Sequence[int],
+    *,
+    family: str = "ResNet",
+    width: int = 64,
+    stem: str = "imagenet",
+    published: float | None = None,
+    source: str = "arXiv:1512.03385",
+    groups: int = 1,
+    base_width: int = 64,
+) -> None:
     """Register a network: a block, its depths and, beside them, what differs from `ResNet`'s defaults."""
-    width, stem = int(fixed.pop("width", 64)), str(fixed.pop("stem", "imagenet"))
-    grouping = {key: int(value) for key, value in fixed.items()}
 
     def build(
         scheme: Scheme,
@@ -251,27 +265,72 @@ def _resnet(name: str, doc: str, block: Block, depths: Sequence[int], **fixed: i
             stem=stem,
             zero_init_residual=zero_init_residual,
             drop_rate=drop_rate,
-            **grouping,
+            groups=groups,
+            base_width=base_width,
         )
 
     build.__name__, build.__doc__ = name, doc
-    register_model(build)
+    small = stem == "cifar"
+    told = source if published is None else f"{source}; top-1 of {TORCHVISION}"
+    register_model(
+        build,
+        family=family,
+        scheme="ws+gn:auto" if small else "ws+gn",
+        size=32 if small else 224,
+        published=published,
+        source=told,
+    )
 
 
-for _depth, _depths in {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}.items():
-    _resnet(f"resnet{_depth}", f"ResNet-{_depth}.", BasicBlock, _depths)
-    _resnet(f"preact_resnet{_depth}", f"Pre-activation ResNet-{_depth}.", PreActBasicBlock, _depths)
-for _depth, _depths in {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}.items():
-    _resnet(f"resnet{_depth}", f"ResNet-{_depth}.", Bottleneck, _depths)
-    _resnet(f"preact_resnet{_depth}", f"Pre-activation ResNet-{_depth}.", PreActBottleneck, _depths)
-_resnet("resnext50_32x4d", "ResNeXt-50, 32 groups of 4.", Bottleneck, (3, 4, 6, 3), groups=32, base_width=4)
-_resnet("resnext101_32x8d", "ResNeXt-101, 32 groups of 8.", Bottleneck, (3, 4, 23, 3), groups=32, base_width=8)
-_resnet("wide_resnet50_2", "ResNet-50 with bottlenecks twice as wide.", Bottleneck, (3, 4, 6, 3), base_width=128)
-_resnet("wide_resnet101_2", "ResNet-101 with bottlenecks twice as wide.", Bottleneck, (3, 4, 23, 3), base_width=128)
+for _depth, _depths, _block, _preact, _top1 in (
+    (18, (2, 2, 2, 2), BasicBlock, PreActBasicBlock, 69.758),
+    (34, (3, 4, 6, 3), BasicBlock, PreActBasicBlock, 73.314),
+    (50, (3, 4, 6, 3), Bottleneck, PreActBottleneck, 76.130),
+    (101, (3, 4, 23, 3), Bottleneck, PreActBottleneck, 77.374),
+    (152, (3, 8, 36, 3), Bottleneck, PreActBottleneck, 78.312),
+):
+    _resnet(f"resnet{_depth}", f"ResNet-{_depth}.", _block, _depths, published=_top1)
+    _resnet(
+        f"preact_resnet{_depth}",
+        f"Pre-activation ResNet-{_depth}.",
+        _preact,
+        _depths,
+        family="PreAct-ResNet",
+        source="arXiv:1603.05027",
+    )
+for _depth, _width, _depths, _top1 in ((50, 4, (3, 4, 6, 3), 77.618), (101, 8, (3, 4, 23, 3), 79.312)):
+    _resnet(
+        f"resnext{_depth}_32x{_width}d",
+        f"ResNeXt-{_depth}, 32 groups of {_width}.",
+        Bottleneck,
+        _depths,
+        family="ResNeXt",
+        published=_top1,
+        source="arXiv:1611.05431",
+        groups=32,
+        base_width=_width,
+    )
+for _depth, _depths, _top1 in ((50, (3, 4, 6, 3), 78.468), (101, (3, 4, 23, 3), 78.848)):
+    _resnet(
+        f"wide_resnet{_depth}_2",
+        f"ResNet-{_depth} with bottlenecks twice as wide.",
+        Bottleneck,
+        _depths,
+        family="Wide ResNet",
+        published=_top1,
+        source="arXiv:1605.07146",
+        base_width=128,
+    )
 for _depth in (8, 14, 20, 32, 44, 56, 110):
-    _n = (_depth - 2) // 6
-    for _prefix, _what, _block in (
-        ("resnet", "CIFAR's narrow ResNet", BasicBlock),
-        ("preact_resnet", "CIFAR's narrow pre-activation ResNet", PreActBasicBlock),
-    ):
-        _resnet(f"{_prefix}{_depth}", f"{_what}-{_depth}.", _block, (_n, _n, _n), width=16, stem="cifar")
+    _depths = ((_depth - 2) // 6,) * 3
+    _resnet(f"resnet{_depth}", f"CIFAR's narrow ResNet-{_depth}.", BasicBlock, _depths, width=16, stem="cifar")
+    _resnet(
+        f"preact_resnet{_depth}",
+        f"CIFAR's narrow pre-activation ResNet-{_depth}.",
+        PreActBasicBlock,
+        _depths,
+        family="PreAct-ResNet",
+        source="arXiv:1603.05027",
+        width=16,
+        stem="cifar",
+    )
