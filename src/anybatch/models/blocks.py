@@ -21,16 +21,26 @@ class Pieces:
         dims: Spatial dimensions of the data: 1, 2 or 3.
         blocks: Number of residual blocks, which a residual rule is told when it is made.
         zero_init_residual: Whether the last norm of each residual branch starts with scale 0.
+        act: The network's own activation, where the scheme brings none; None for in-place ReLU.
 
     Raises:
         ValueError: If the scheme lacks a part it needs.
     """
 
-    def __init__(self, scheme: Scheme, *, dims: int = 2, blocks: int = 0, zero_init_residual: bool = False) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        *,
+        dims: int = 2,
+        blocks: int = 0,
+        zero_init_residual: bool = False,
+        act: Callable[[], nn.Module] | None = None,
+    ) -> None:
         scheme.check_complete()
         self.scheme = scheme
         self.dims = dims
         self.zero_init_residual = zero_init_residual
+        self._act = scheme.act or act
         self._join: Callable[[bool], Join] | None = None if scheme.residual is None else scheme.residual(blocks)
 
     def _of_dims(self, factory: Any) -> Any:
@@ -45,6 +55,7 @@ class Pieces:
         *,
         groups: int = 1,
         bias: bool | None = None,
+        padding: int | None = None,
     ) -> nn.Module:
         """A convolution that keeps the map's size at stride 1, with a bias where the scheme has no norm that shifts."""
         make = self._of_dims(self.scheme.conv or _CONVS)
@@ -55,14 +66,14 @@ class Pieces:
             out_channels,
             kernel_size,
             stride=stride,
-            padding=(kernel_size - 1) // 2,
+            padding=(kernel_size - 1) // 2 if padding is None else padding,
             groups=groups,
             bias=bias,
         )
 
     def act(self, *, inplace: bool = True) -> nn.Module:
         """An activation that no norm of the same scheme brings along."""
-        return nn.ReLU(inplace=inplace) if self.scheme.act is None else self.scheme.act()
+        return nn.ReLU(inplace=inplace) if self._act is None else self._act()
 
     def norm(self, channels: int, *, last_in_branch: bool = False) -> nn.Module:
         """A norm with no activation behind it."""
@@ -90,13 +101,20 @@ class Pieces:
         """
         return Join() if self._join is None else self._join(transition)
 
-    def init(self, model: nn.Module) -> None:
-        """Initialize a finished model as the scheme does, or convolutions by He's normal over fan-out, biases by 0."""
-        if self.scheme.init is not None:
-            self.scheme.init(model)
-            return
-        for module in model.modules():
-            if isinstance(module, nn.modules.conv._ConvNd):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    def init(self, model: nn.Module, default: Callable[[nn.Module], None] | None = None) -> None:
+        """Initialize a finished model as the scheme does.
+
+        Args:
+            model: The model.
+            default: The network's own way, where the scheme has none; None for `he_normal`.
+        """
+        (self.scheme.init or default or he_normal)(model)
+
+
+def he_normal(model: nn.Module) -> None:
+    """Convolutions by He's normal over fan-out, their biases by 0."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

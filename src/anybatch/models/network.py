@@ -37,8 +37,8 @@ class Network(nn.Module):
     """Submodules behind the last level that belong to the features, such as a last norm."""
     pool: tuple[str, ...] = ("avgpool",)
     """Submodules from the features to (N, num_features), or to a shape that flattening gives it."""
-    classifier: str = "fc"
-    """The name of the last submodule."""
+    classifier_name: str = "fc"
+    """The name of the last submodule, with dots where it lies inside another."""
     num_features: int
     num_classes: int
     in_chans: int
@@ -52,7 +52,7 @@ class Network(nn.Module):
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
         self.num_features, self.num_classes = num_features, num_classes
         self.drop = nn.Dropout(drop_rate)
-        self.add_module(self.classifier, _linear(num_features, num_classes))
+        _replace(self, self.classifier_name, _linear(num_features, num_classes))
 
     def _run(self, names: Iterable[str], x: Tensor) -> Tensor:
         for name in names:
@@ -105,14 +105,14 @@ class Network(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The last layer: linear, or the identity."""
-        return self.get_submodule(self.classifier)
+        return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new linear layer for so many classes; 0 for none, which gives pooled features."""
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         like = next(self.parameters())
-        _replace(self, self.classifier, _linear(self.num_features, num_classes).to(like.device, like.dtype))
+        _replace(self, self.classifier_name, _linear(self.num_features, num_classes).to(like.device, like.dtype))
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -163,7 +163,7 @@ def create_model(
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "interpolation": "bicubic",
-        "classifier": model.classifier,
+        "classifier": model.classifier_name,
         "num_classes": num_classes,
     }
     return FeaturePyramid(model, out_indices) if features_only else model
