@@ -79,6 +79,11 @@ def backends() -> list[str]:
     return ["auto", "reference", *sorted({kernel.backend for made in _OPS for kernel in made.kernels})]
 
 
+def current() -> str:
+    """The backend in force."""
+    return _backend
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Within this context every op runs the named backend."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
-from anybatch.methods.common import widened
-from anybatch.methods.weight_standardization import check_fan_in
+from anybatch.methods.filters import Rule, StandardizedFilter, check_fan_in, standardized
 from anybatch.scheme import Scheme, check_number
 
 EpsRule = Literal["max", "add"]
@@ -45,16 +44,8 @@ def scaled_weight_standardize(
     """
     check_fan_in("scaled_weight_standardize", weight)
     check_eps_rule(eps_rule)
-    w = widened(weight)
-    rest = tuple(range(1, w.dim()))
-    size = weight[0].numel()
-    centred = w - w.mean(rest, keepdim=True)
-    squared_norm = centred.square().sum(rest, keepdim=True)
-    floored = squared_norm.clamp_min(eps) if eps_rule == "max" else squared_norm + size * eps
-    standardized = centred * torch.rsqrt(floored)
-    if gain is not None:
-        standardized = standardized * gain.reshape(-1, *(1 for _ in rest))
-    return standardized.to(weight.dtype)
+    made = standardized(weight, _rule(eps_rule, eps, weight[0].numel()))
+    return (made if gain is None else made * gain.reshape(-1, *(1 for _ in weight.shape[1:]))).to(weight.dtype)
 
 
 def check_eps_rule(eps_rule: str) -> None:
@@ -63,11 +54,13 @@ def check_eps_rule(eps_rule: str) -> None:
         raise ValueError(f"eps_rule={eps_rule!r} is neither 'max' nor 'add'")
 
 
-class _ScaledWS(nn.Module):
-    """What convolutions and the linear layer share: gain, initialization, and the filter they multiply with."""
+def _rule(eps_rule: EpsRule, eps: float, size: int) -> Rule:
+    """Of the squared norm itself, which is N var."""
+    return Rule(eps, correction=None, place="floor") if eps_rule == "max" else Rule(size * eps, correction=None)
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+
+class _ScaledWS(StandardizedFilter):
+    """What convolutions and the linear layer share: gain, initialization, and the filter they multiply with."""
 
     def __init__(
         self,
@@ -97,16 +90,21 @@ class _ScaledWS(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def standardized(self) -> Tensor:
-        """The filter that the layer multiplies with."""
-        gain = self.gain if self.gamma == 1 else self.gamma * self.gain
-        return scaled_weight_standardize(self.weight, gain, eps=self.eps, eps_rule=self.eps_rule)
+    def rule(self) -> Rule:
+        return _rule(self.eps_rule, self.eps, self.weight[0].numel())
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def standardize(self, weight: Tensor, gain: Tensor | None = None) -> Tensor:
+        return scaled_weight_standardize(weight, gain, eps=self.eps, eps_rule=self.eps_rule)
+
+    def filter_gain(self) -> Tensor:
+        gain_o = self.gain if self.gamma == 1 else self.gamma * self.gain
+        return gain_o.reshape(-1, *(1 for _ in self.weight.shape[1:]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         gain = state_dict.get(f"{prefix}gain")
         if isinstance(gain, Tensor) and gain.dim() > 1 and gain.numel() == self.gain.numel():
             state_dict[f"{prefix}gain"] = gain.reshape(-1)  # timm's is (O, 1, 1, 1); the dict is load_state_dict's own
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma={self.gamma}, eps={self.eps}, eps_rule={self.eps_rule}"

@@ -34,6 +34,8 @@ OPS: list[OpCase] = [
     _weight_standardize("channels_last", (5, 3, 3, 3), layout="channels_last"),
     _weight_standardize("channels_last_mean_100", (5, 3, 3, 3), layout="channels_last", mean=100),
     _weight_standardize("strided", (5, 3, 3, 3), layout="strided"),
+    _weight_standardize("unbiased", (5, 3, 3, 3), options={"variant": "bcn"}),
+    _weight_standardize("paper", (5, 3, 3, 3), options={"variant": "paper"}, layout="channels_last", mean=100),
 ]
 
 LAYERS: list[LayerCase] = [
@@ -73,6 +75,27 @@ LAYERS: list[LayerCase] = [
         (3, 2, 4, 5, 3),
         ("2, 4", "kernel_size=(3, 3, 3)", "stride=(1, 1, 1)", "padding=(1, 1, 1)"),
         padding=1,
+    ),
+    layer_case(
+        layers.WSConvTranspose1d,
+        (6, 4, 3),
+        (3, 6, 9),
+        ("6, 4", "stride=(2,)", "output_padding=(1,)", "eps=1e-05", "variant=paper"),
+        stride=2,
+        output_padding=1,
+        variant="paper",
+    ),
+    layer_case(
+        layers.WSConvTranspose2d, (6, 4, 3), (3, 6, 7, 5), ("groups=2", "eps=1e-06", "variant=default"), groups=2
+    ),
+    layer_case(layers.WSConvTranspose3d, (2, 4, 3), (3, 2, 4, 5, 3), ("2, 4", "bias=False"), bias=False),
+    layer_case(
+        layers.WSLinear,
+        (6, 4),
+        (3, 6),
+        ("in_features=6", "out_features=4", "eps=0.01", "variant=aws"),
+        eps=1e-2,
+        variant="aws",
     ),
 ]
 

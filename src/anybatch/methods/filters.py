@@ -1,0 +1,280 @@
+"""Filters that are standardized before they are used, and how to do it once for many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from anybatch import dispatch
+from anybatch.methods.common import widened
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a centred filter of N values and squared norm S is scaled.
+
+    With v = S / (N - correction), or v = S where ``correction`` is None, the factor is ``1 / sqrt(v + eps)`` with eps
+    ``"inside"`` the root, ``1 / (sqrt(v) + eps)`` with eps ``"outside"``, ``1 / sqrt(max(v, eps))`` as a ``"floor"``.
+    """
+
+    eps: float
+    correction: int | None = 0
+    place: Literal["inside", "outside", "floor"] = "inside"
+
+    def _divisor(self, size: int) -> int:
+        return 1 if self.correction is None else size - self.correction
+
+    def scale(self, squared_norm: Tensor, size: int) -> Tensor:
+        """The factor s."""
+        v = squared_norm / self._divisor(size)
+        if self.place == "outside":
+            # At 0, where the root's gradient is infinite, a constant filter shall get a finite one.
+            return 1 / (v.clamp_min(torch.finfo(v.dtype).tiny).sqrt() + self.eps)
+        return torch.rsqrt(v + self.eps if self.place == "inside" else v.clamp_min(self.eps))
+
+    def pull(self, squared_norm: Tensor, size: int, scale: Tensor) -> Tensor:
+        """``q = -2 s'(S) / s^2``: by Z = s * centred W a gradient g becomes ``s (g - mean g) - q <g, Z> Z``."""
+        d = self._divisor(size)
+        if self.place == "outside":
+            return 1 / (squared_norm * d).sqrt().clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
+        return scale / d if self.place == "inside" else scale * (squared_norm >= self.eps)
+
+
+def check_fan_in(where: str, weight: Tensor, dim: tuple[int, ...] | None = None) -> None:
+    """Raise a `ValueError` unless each filter, which extends over these dimensions, has two values or more."""
+    if weight.dim() < 2 or _fan_in(weight, dim or tuple(range(1, weight.dim()))) <= 1:
+        raise ValueError(
+            f"{where} needs two values or more in a filter, got weight of shape {tuple(weight.shape)}: a filter that "
+            f"has one value, which standardizing would set to 0; use a plain layer there"
+        )
+
+
+def _fan_in(weight: Tensor, dim: tuple[int, ...]) -> int:
+    size = 1
+    for d in dim:
+        size *= weight.shape[d]
+    return size
+
+
+def _centred(weight: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The centred filters in float32 or wider, and their squared norms."""
+    w = widened(weight)
+    centred = w - w.mean(dim, keepdim=True)
+    return centred, centred.square().sum(dim, keepdim=True)
+
+
+def standardized(weight: Tensor, rule: Rule, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Each filter, which extends over these dimensions (by default all but the first), centred and scaled.
+
+    In float32 or wider, and of two passes, since the variance is taken of what is centred.
+    """
+    dim = dim or tuple(range(1, weight.dim()))
+    centred, squared_norm = _centred(weight, dim)
+    return centred * rule.scale(squared_norm, _fan_in(weight, dim))
+
+
+class StandardizedFilter(nn.Module):
+    """A layer that multiplies with ``self.weight`` standardized. Methods give `rule` and `standardize`."""
+
+    transposed_filters: ClassVar[bool] = False
+    """Whether the filter is (I, O / groups, *), a transposed convolution's."""
+
+    weight: Tensor
+    bias: Tensor | None  # pyright: ignore[reportIncompatibleVariableOverride] (torch's linear layer says less)
+
+    @property
+    def filter_dims(self) -> tuple[int, ...]:
+        """Dimensions over which a filter extends in what `by_filter` returns."""
+        dims = self.weight.dim()
+        return (1, *range(3, dims + 1)) if self.transposed_filters else tuple(range(1, dims))
+
+    def by_filter(self, weight: Tensor) -> Tensor:
+        """A view in which filters extend over dimensions of their own: (groups, I, O, *) if they are transposed."""
+        return weight.unflatten(0, (self.groups, -1)) if self.transposed_filters else weight  # pyright: ignore[reportArgumentType]
+
+    def as_weight(self, filters: Tensor) -> Tensor:
+        """Undo `by_filter`."""
+        return filters.flatten(0, 1) if self.transposed_filters else filters
+
+    def rule(self) -> Rule:
+        """How the centred filter is scaled."""
+        raise NotImplementedError
+
+    def standardize(self, weight: Tensor, gain: Tensor | None = None) -> Tensor:
+        """A weight, standardized by `rule`, times a gain."""
+        raise NotImplementedError
+
+    def filter_gain(self) -> Tensor | None:
+        """A learned factor of each standardized filter, (O, 1, *), for layers that have one."""
+        return None
+
+    def standardized(self) -> Tensor:
+        """The filter that the layer multiplies with, in the shape of its weight."""
+        gain = self.filter_gain()
+        # While compiling this must come first, so that nothing of what follows is traced.
+        if torch.compiler.is_compiling() or not _reusable(self):
+            return self.standardize(self.weight, gain)
+        kept = _kept(self)
+        if torch.is_grad_enabled() and (self.weight.requires_grad or (gain is not None and gain.requires_grad)):
+            return _Reused.apply(self.weight, gain, self, kept)  # pyright: ignore[reportReturnType]
+        return kept.filter if gain is None else kept.filter * gain
+
+
+@dataclass
+class _Kept:
+    """Values alone: no graph of the filter's own outlives a batch."""
+
+    key: tuple[Any, ...]
+    weight: Tensor  # keeps its memory from being another's, whose address would be the same
+    filter: Tensor
+    for_backward: tuple[Tensor, ...]
+    layer_norm: bool  # whether torch's backward of layer normalization serves
+
+
+@dataclass
+class _Slot:
+    contexts: int = 0
+    kept: _Kept | None = None
+
+
+_SLOTS: WeakKeyDictionary[StandardizedFilter, _Slot] = WeakKeyDictionary()
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+def _reusable(layer: StandardizedFilter) -> bool:
+    """Whether the layer is in a context of `reuse_filters`, and its weight a plain parameter whose changes show."""
+    weight = layer.weight
+    return (
+        layer in _SLOTS
+        and type(weight) is nn.Parameter  # not what functional_call, a parametrization or fake tensors put there
+        and weight.device.type != "meta"
+        and not weight.is_inference()
+        and dispatch.current() == "auto"
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _kept(layer: StandardizedFilter) -> _Kept:
+    weight, rule, slot = layer.weight, layer.rule(), _SLOTS[layer]
+    # Torch's fused optimizers change a parameter without a new version, hence the count of steps; Lightning's moving
+    # average swaps the weights for an evaluation by way of .data, hence the mode.
+    key = (
+        *(weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.stride()),
+        *(rule, layer.training, _steps),
+    )
+    if slot.kept is None or slot.kept.key != key:
+        slot.kept = None  # free it before the next is made
+        with torch.inference_mode(False), torch.no_grad():
+            slot.kept = _computed(layer, weight.detach(), rule, key)
+    return slot.kept
+
+
+def _computed(layer: StandardizedFilter, weight: Tensor, rule: Rule, key: tuple[Any, ...]) -> _Kept:
+    if (
+        (rule.correction, rule.place) == (0, "inside")
+        and not layer.transposed_filters
+        and weight.is_contiguous()
+        and weight.dtype.itemsize >= 4
+    ):
+        # What the kernel "torch" of weight_standardize runs, in whose backward one pass does it all.
+        size = weight[0].numel()
+        made, mean, rstd = torch.native_layer_norm(weight.flatten(1), (size,), None, None, rule.eps)
+        return _Kept(key, weight, made.view_as(weight), (mean, rstd), layer_norm=True)
+    dim, filters = layer.filter_dims, layer.by_filter(weight)
+    size = _fan_in(filters, dim)
+    centred, squared_norm = _centred(filters, dim)
+    scale = rule.scale(squared_norm, size)
+    made = layer.as_weight((centred * scale).to(weight.dtype))
+    return _Kept(key, weight, made, (scale, rule.pull(squared_norm, size, scale)), layer_norm=False)
+
+
+class _Reused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor | None, layer: StandardizedFilter, kept: _Kept) -> Tensor:
+        ctx.layer, ctx.layer_norm = layer, kept.layer_norm
+        ctx.weight, ctx.version = weight, weight._version
+        ctx.save_for_backward(gain, weight if kept.layer_norm else kept.filter, *kept.for_backward)
+        # Without a gain a view, since the graph is hung on what is returned and not on what is kept.
+        return kept.filter.view_as(kept.filter) if gain is None else kept.filter * gain
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        layer: StandardizedFilter = ctx.layer
+        gain, values, *factors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient that is differentiated again
+            if ctx.weight._version != ctx.version:
+                raise RuntimeError("a filter was changed in place before its gradient's graph was made")
+            inputs = (ctx.weight,) if gain is None else (ctx.weight, gain)
+            return *torch.func.vjp(layer.standardize, *inputs)[1](gradient), *([None] * (4 - len(inputs)))
+        if ctx.layer_norm:
+            rows, shape = values.flatten(1), (values[0].numel(),)
+            given = gradient.reshape(rows.shape)
+            backward = torch.ops.aten.native_layer_norm_backward
+            pulled = backward(given, rows, shape, *factors, None, None, (True, False, False))[0]
+            return pulled.view_as(values), None, None, None
+        dim, (scale, pull) = layer.filter_dims, factors
+        g, z = widened(layer.by_filter(gradient)), widened(layer.by_filter(values))
+        along = (g * z).sum(dim, keepdim=True)
+        if gain is not None:
+            scale, pull = scale * gain, pull * gain
+        pulled = torch.addcmul(-scale * g.mean(dim, keepdim=True), g, scale).addcmul_(z, pull * along, value=-1)
+        to_gain = None if gain is None else along.to(gain.dtype)
+        return layer.as_weight(pulled.to(gradient.dtype)), to_gain, None, None
+
+
+@contextmanager
+def reuse_filters(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Within this context the model's layers standardize a filter once and use it until their weight changes.
+
+    So once per step of the optimizer, however many batches it accumulates, and once per evaluation. Values and
+    gradients are those without the context. For layers of Weight Standardization and Scaled Weight Standardization;
+    not while compiling or exporting, under ``torch.func``, or with a backend chosen by name, where each call computes
+    anew.
+
+    A weight has changed after the step of any torch optimizer, after any operation in place that autograd can see
+    (``load_state_dict``, ``with torch.no_grad(): p.mul_(2)``), and when it, or the layer's mode, is another. Writing
+    through ``p.data`` (``p.data.copy_(...)``) shows nowhere: call what the context gives, which forgets all filters,
+    after that.
+
+    Args:
+        model: Whose layers reuse their filters; copies of it and layers that are added later do not.
+
+    Yields:
+        A function that forgets all filters.
+
+    >>> model = nn.Sequential()
+    >>> with reuse_filters(model) as forget:
+    ...     forget()
+    """
+    layers = [module for module in model.modules() if isinstance(module, StandardizedFilter)]
+    for layer in layers:
+        _SLOTS.setdefault(layer, _Slot()).contexts += 1
+    counting = register_optimizer_step_post_hook(_count_step)
+
+    def forget() -> None:
+        for layer in layers:
+            if layer in _SLOTS:
+                _SLOTS[layer].kept = None
+
+    try:
+        yield forget
+    finally:
+        counting.remove()
+        for layer in layers:
+            _SLOTS[layer].contexts -= 1
+            if not _SLOTS[layer].contexts:
+                del _SLOTS[layer]
