@@ -4,6 +4,17 @@ from anybatch import kernels as kernels
 from anybatch.dispatch import backend as backend
 from anybatch.dispatch import backends as backends
 from anybatch.methods.activation_gain import activation_gain as activation_gain
+from anybatch.methods.derf import dynamic_erf as dynamic_erf
+from anybatch.methods.dynamic_tanh import dynamic_tanh as dynamic_tanh
+from anybatch.methods.evo_norm import batch_variance as batch_variance
+from anybatch.methods.evo_norm import evo_norm_b0 as evo_norm_b0
+from anybatch.methods.evo_norm import evo_norm_s0 as evo_norm_s0
+from anybatch.methods.filter_response_norm import filter_response_norm as filter_response_norm
 from anybatch.methods.group_norm import group_norm as group_norm
+from anybatch.methods.local_context_norm import local_context_norm as local_context_norm
+from anybatch.methods.local_response_norm import local_response_norm as local_response_norm
+from anybatch.methods.positional_norm import moment_shortcut as moment_shortcut
+from anybatch.methods.positional_norm import positional_moments as positional_moments
+from anybatch.methods.positional_norm import positional_norm as positional_norm
 from anybatch.methods.scaled_weight_standardization import scaled_weight_standardize as scaled_weight_standardize
 from anybatch.methods.weight_standardization import weight_standardize as weight_standardize

@@ -2,8 +2,21 @@
 
 from anybatch import kernels as kernels
 from anybatch.methods.activation_gain import ScaledActivation as ScaledActivation
+from anybatch.methods.derf import DynamicErf as DynamicErf
+from anybatch.methods.dynamic_tanh import DynamicTanh as DynamicTanh
+from anybatch.methods.evo_norm import EvoNormB0 as EvoNormB0
+from anybatch.methods.evo_norm import EvoNormS0 as EvoNormS0
+from anybatch.methods.filter_response_norm import FilterResponseNorm1d as FilterResponseNorm1d
+from anybatch.methods.filter_response_norm import FilterResponseNorm2d as FilterResponseNorm2d
+from anybatch.methods.filter_response_norm import FilterResponseNorm3d as FilterResponseNorm3d
 from anybatch.methods.filters import reuse_filters as reuse_filters
 from anybatch.methods.group_norm import GroupNorm as GroupNorm
+from anybatch.methods.local_context_norm import LocalContextNorm1d as LocalContextNorm1d
+from anybatch.methods.local_context_norm import LocalContextNorm2d as LocalContextNorm2d
+from anybatch.methods.local_context_norm import LocalContextNorm3d as LocalContextNorm3d
+from anybatch.methods.local_response_norm import LocalResponseNorm as LocalResponseNorm
+from anybatch.methods.positional_norm import MomentShortcut as MomentShortcut
+from anybatch.methods.positional_norm import PositionalNorm as PositionalNorm
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv1d as ScaledWSConv1d
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv2d as ScaledWSConv2d
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv3d as ScaledWSConv3d

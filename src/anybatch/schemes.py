@@ -13,7 +13,14 @@ from typing import Any
 
 from anybatch import kernels as kernels  # attaches the fast paths to the references
 from anybatch.methods.batch_norm import bn
+from anybatch.methods.derf import derf
+from anybatch.methods.dynamic_tanh import dyt
+from anybatch.methods.evo_norm import evob0, evos0
+from anybatch.methods.filter_response_norm import frn
 from anybatch.methods.group_norm import gn, in_, ln
+from anybatch.methods.local_context_norm import lcn
+from anybatch.methods.local_response_norm import lrn
+from anybatch.methods.positional_norm import pn
 from anybatch.methods.scaled_weight_standardization import sws
 from anybatch.methods.weight_standardization import ws
 from anybatch.scheme import Scheme
@@ -27,10 +34,18 @@ def none() -> Scheme:
 
 PARTS: dict[str, Callable[..., Scheme]] = {
     "bn": bn,
+    "derf": derf,
+    "dyt": dyt,
+    "evob0": evob0,
+    "evos0": evos0,
+    "frn": frn,
     "gn": gn,
     "in": in_,
+    "lcn": lcn,
     "ln": ln,
+    "lrn": lrn,
     "none": none,
+    "pn": pn,
     "sws": sws,
     "ws": ws,
 }
@@ -46,6 +61,20 @@ ALIASES: dict[str, str] = {
     "bn2d": "bn",
     "bn3d": "bn",
     "convws": "ws",
+    "dynamic_erf": "derf",
+    "dynamic_tanh": "dyt",
+    "dynamicerf": "derf",
+    "dynamictanh": "dyt",
+    "evonorm2db0": "evob0",
+    "evonorm2ds0": "evos0",
+    "evonormb0": "evob0",
+    "evonorms0": "evos0",
+    "filterresponsenorm": "frn",
+    "filterresponsenorm1d": "frn",
+    "filterresponsenorm2d": "frn",
+    "filterresponsenorm3d": "frn",
+    "filterresponsenormtlu2d": "frn",
+    "frn_tlu": "frn",
     "group": "gn",
     "groupnorm": "gn",
     "in1d": "in",
@@ -59,6 +88,15 @@ ALIASES: dict[str, str] = {
     "layer": "ln",
     "layernorm": "ln",
     "identity": "none",
+    "layernorm2d": "pn",
+    "ln2d": "pn",
+    "localcontextnorm": "lcn",
+    "localcontextnorm1d": "lcn",
+    "localcontextnorm2d": "lcn",
+    "localcontextnorm3d": "lcn",
+    "localresponsenorm": "lrn",
+    "pono": "pn",
+    "positionalnorm": "pn",
     "scaledstdconv2d": "sws",
     "stdconv2d": "ws",
     "weightstandardization": "ws",

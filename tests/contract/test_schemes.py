@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.methods.common import ChannelNorm
+from anybatch.methods.common import ChannelLayer
 from anybatch.schemes import PARTS
 from contract.cases import BATCH_BOUND, BATCH_FREE, DROPPING, SCHEMES, images
 from contract.kinds import SchemeCase
 from helpers import assert_error_within, assert_same_gradients, error, gradients
 
-NORMALIZING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, ChannelNorm)
+NORMALIZING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, ChannelLayer)
 LABELS = torch.tensor([0, 3, 1, 4])
 
 
@@ -50,7 +50,7 @@ def test_every_part_has_a_row() -> None:
 
 
 def test_only_schemes_with_batch_normalization_claim_nothing() -> None:
-    assert {str(case) for case in BATCH_BOUND} == {"bn", "ws+bn"}
+    assert {str(case) for case in BATCH_BOUND} == {"bn", "evob0", "ws+bn"}
 
 
 # Promise 1: batch-free means batch-free.

@@ -197,6 +197,8 @@ def test_parts() -> None:
     assert groups == {"gn": 32, "ln": 1, "in": 64, "gn/8": 8, "gn:auto": 32, "gn(eps=0.5)": 32}
     assert layers["gn(eps=0.5)"].eps == 0.5
     assert all(layer.weight.shape == (64,) for layer in layers.values())
+    for name in ("gn(affine=False)", "ln(affine=False)", "in(affine=False)"):
+        assert anybatch.scheme(name).norm(64).weight is None  # pyright: ignore[reportOptionalCall, reportCallIssue]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,8 @@ def test_parts() -> None:
         ("gn:many", "groups='many' is neither"),
         ("gn/0", "group_size=0 is not a number above 0"),
         ("gn(group_size=auto)", "group_size='auto' is not a number above 0"),
+        ("gn(affine=no)", "affine='no' is neither True nor False"),
+        ("ln(affine=1)", "affine=1 is neither True nor False"),
     ],
 )
 def test_refusals_of_the_part(spec: str, message: str) -> None:

@@ -1,5 +1,25 @@
 """Fast paths, one file a backend and op. Importing this attaches each to its reference in `anybatch.methods`."""
 
+from anybatch.kernels import recompute
 from anybatch.kernels import recompute_group_norm as recompute_group_norm
 from anybatch.kernels import torch_group_norm as torch_group_norm
 from anybatch.kernels import torch_weight_standardize as torch_weight_standardize
+from anybatch.methods.derf import dynamic_erf
+from anybatch.methods.dynamic_tanh import dynamic_tanh
+from anybatch.methods.evo_norm import batch_variance, evo_norm_b0, evo_norm_s0
+from anybatch.methods.filter_response_norm import filter_response_norm
+from anybatch.methods.local_context_norm import local_context_norm
+from anybatch.methods.local_response_norm import local_response_norm
+from anybatch.methods.positional_norm import positional_moments, positional_norm
+
+# Ops of which half precision keeps no float32 copies for backward.
+recompute.attach(batch_variance)
+recompute.attach(dynamic_erf)
+recompute.attach(dynamic_tanh)
+recompute.attach(evo_norm_b0)
+recompute.attach(evo_norm_s0)
+recompute.attach(filter_response_norm)
+recompute.attach(local_context_norm)
+recompute.attach(local_response_norm)
+recompute.attach(positional_moments)
+recompute.attach(positional_norm)

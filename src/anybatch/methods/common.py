@@ -67,23 +67,22 @@ class ChannelLayer(nn.Module):
         self.num_channels = num_channels
         self.affine = affine
         self._starts: dict[str, float] = {}
-        if affine:
-            self.learn("weight", 1.0, device=device, dtype=dtype)
-            self.learn("bias", 0.0, device=device, dtype=dtype)
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
+        self.learn("weight", 1.0 if affine else None, device=device, dtype=dtype)
+        self.learn("bias", 0.0 if affine else None, device=device, dtype=dtype)
 
     def learn(
         self,
         name: str,
-        start: float,
+        start: float | None,
         size: int | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Add a parameter of ``size`` values, C by default, that starts at one value."""
+        """Add a parameter of ``size`` values, C by default, that starts at one value, or is None if that is None."""
+        if start is None:
+            self.register_parameter(name, None)
+            return
         values = torch.full((size or self.num_channels,), float(start), device=device, dtype=dtype)
         self.register_parameter(name, nn.Parameter(values))
         self._starts[name] = start
