@@ -29,7 +29,7 @@ def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: T
         ValueError: If ``x`` has no channel dimension.
 
     Source:
-        Zhu et al. 2025, "Transformers without Normalization", arXiv:2503.10622, section 4.
+        Zhu et al. 2025, "Transformers without Normalization", arXiv:2503.10622.
     """
     check_has_channels(x)
     return scaled_and_shifted(torch.tanh(widened(x) * alpha), weight, bias).to(x.dtype)
@@ -53,7 +53,7 @@ class DynamicTanh(ChannelLayer):
         (N, C, *) to (N, C, *).
 
     Source:
-        Zhu et al. 2025, "Transformers without Normalization", arXiv:2503.10622, section 4.
+        Zhu et al. 2025, "Transformers without Normalization", arXiv:2503.10622.
     """
 
     alpha: nn.Parameter

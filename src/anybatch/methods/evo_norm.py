@@ -52,7 +52,7 @@ def evo_norm_s0(
             variance is 0.
 
     Source:
-        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967, table 2.
+        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967 (EvoNorm-S0 and B0).
     """
     check_has_channels(x)
     c = x.shape[1]
@@ -127,7 +127,7 @@ def evo_norm_b0(
         ValueError: If ``x`` has no channel dimension.
 
     Source:
-        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967, table 2.
+        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967 (EvoNorm-S0 and B0).
     """
     check_has_channels(x)
     wide = widened(x)
@@ -167,7 +167,7 @@ class EvoNormS0(ChannelNorm):
             and maps of 1 x 1).
 
     Source:
-        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967, table 2.
+        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967 (EvoNorm-S0 and B0).
     """
 
     v: Tensor | None
@@ -227,7 +227,7 @@ class EvoNormB0(ChannelNorm):
         ValueError: If ``momentum`` is not from 0 to 1; in training, if a channel holds one value.
 
     Source:
-        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967, table 2.
+        Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967 (EvoNorm-S0 and B0).
     """
 
     v: Tensor | None

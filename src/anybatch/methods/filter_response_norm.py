@@ -44,7 +44,7 @@ def filter_response_norm(
         ValueError: If ``x`` has no channel dimension.
 
     Source:
-        Singh and Krishnan 2019, "Filter Response Normalization Layer", arXiv:1911.09737, eq. 1-3 and section 3.2.
+        Singh and Krishnan 2019, "Filter Response Normalization Layer", arXiv:1911.09737.
     """
     check_has_channels(x)
     wide = widened(x)
@@ -114,7 +114,7 @@ _DOC = """Filter response normalization of {what} and its activation; see `anyba
         {shape} to {shape}, or without N.
 
     Source:
-        Singh and Krishnan 2019, "Filter Response Normalization Layer", arXiv:1911.09737, eq. 1-3 and section 3.2.
+        Singh and Krishnan 2019, "Filter Response Normalization Layer", arXiv:1911.09737.
     """
 
 
@@ -134,7 +134,7 @@ class FilterResponseNorm3d(_FilterResponseNorm):
 
 
 def frn(*, eps: float = 1e-6, affine: bool = True, learnable_eps: bool = False) -> Scheme:
-    """Filter response normalization with its thresholded activation; the paper advises to warm up the learning rate."""
+    """Filter response normalization with its thresholded activation; said to want a warm-up of the learning rate."""
     check_number("eps", eps)
     check_flag("affine", affine)
     check_flag("learnable_eps", learnable_eps)

@@ -60,7 +60,7 @@ def positional_norm(
         ValueError: If ``x`` has no channel dimension, or one channel, which normalizing would erase.
 
     Source:
-        Li et al. 2019, "Positional Normalization", arXiv:1907.04312, section 3.
+        Li et al. 2019, "Positional Normalization", arXiv:1907.04312.
     """
     centered, _, var = _centered_and_variance(x, unbiased)
     return scaled_and_shifted(centered * torch.rsqrt(var + eps), weight, bias).to(x.dtype)
@@ -83,7 +83,7 @@ def positional_moments(x: Tensor, *, eps: float = 1e-5, unbiased: bool = False) 
         ValueError: If ``x`` has no channel dimension, or one channel.
 
     Source:
-        Li et al. 2019, "Positional Normalization", arXiv:1907.04312, section 3.
+        Li et al. 2019, "Positional Normalization", arXiv:1907.04312.
 
     >>> mean, std = positional_moments(torch.tensor([[1.0, 3.0]]), eps=0.0)
     >>> mean.item(), std.item()
@@ -108,7 +108,7 @@ def moment_shortcut(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         ValueError: If the moments are of other positions or samples than ``x``.
 
     Source:
-        Li et al. 2019, "Positional Normalization", arXiv:1907.04312, section 4.
+        Li et al. 2019, "Positional Normalization", arXiv:1907.04312.
     """
     for name, moment in (("mean", mean), ("std", std)):
         if moment.shape != (x.shape[0], 1, *x.shape[2:]):
@@ -140,7 +140,7 @@ class PositionalNorm(ChannelNorm):
         ValueError: If there is one channel, which normalizing would erase.
 
     Source:
-        Li et al. 2019, "Positional Normalization", arXiv:1907.04312, section 3.
+        Li et al. 2019, "Positional Normalization", arXiv:1907.04312.
 
     >>> PositionalNorm(64)(torch.randn(1, 64, 1, 1)).shape
     torch.Size([1, 64, 1, 1])
@@ -187,7 +187,7 @@ class MomentShortcut(nn.Module):
         ValueError: In `forward`, if ``x`` has one channel, or ``body`` returns other positions.
 
     Source:
-        Li et al. 2019, "Positional Normalization", arXiv:1907.04312, section 4.
+        Li et al. 2019, "Positional Normalization", arXiv:1907.04312.
 
     >>> MomentShortcut(nn.Identity())(torch.tensor([[1.0, 3.0]]))
     tensor([[1., 3.]])
