@@ -1,5 +1,6 @@
 """Runs: they learn, they go on after an interruption as if there had been none, and they say why they failed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from anybatch import checkpoint, data, driver, recipes, rows, step, train
+from anybatch.methods import filters
 from anybatch.recipe import Recipe
 from anybatch.rows import Row
 
@@ -68,6 +70,41 @@ def test_accumulating_is_the_larger_batch_for_batch_free_schemes():
     assert parts["peak_lr"] == whole["peak_lr"]
     for a, b in zip(whole["curve"], parts["curve"], strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__batch_size": 2, "data__accumulate": 4, "schedule__epochs": 3},
+        {"train__ema": 0.9, "optim__name": "adamw", "optim__lr": 0.01},
+        {"model__scheme": "ws(variant=bcn)+gn:auto", "train__channels_last": True},
+        {"optim__sam_rho": 0.05},
+    ],
+    ids=["accumulate", "ema-adamw", "channels_last", "sam"],
+)
+def test_filters_are_standardized_once_a_step_and_once_an_evaluation(changes, monkeypatch):
+    recipe = tiny(**{"model__scheme": "ws+gn:auto", **changes})
+    times: dict[int, int] = {}
+    compute = filters._computed
+
+    def counted(layer, *args):
+        times[id(layer)] = times.get(id(layer), 0) + 1
+        return compute(layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filters, "_computed", counted)
+        row = train.run(recipe)
+    epochs = recipe.schedule.epochs
+    twice = 2 if recipe.optim.sam_rho is not None else 1  # SAM moves the weights within a step
+    assert set(times.values()) == {8 * epochs * twice + epochs}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "reuse_filters", contextlib.nullcontext)
+        expected = train.run(recipe)
+    # To the last bit where torch's kernel serves, else to rounding, which training magnifies.
+    relative = 1e-4 if recipe.train.channels_last else 0
+    for got, wanted in zip(row["curve"], expected["curve"], strict=True):
+        assert got["error"] == wanted["error"]
+        assert got["val_loss"] == pytest.approx(wanted["val_loss"], rel=relative, abs=0)
 
 
 class _StopError(Exception):

@@ -436,6 +436,7 @@ def predict(
 
     from anybatch import checkpoint
     from anybatch import data as datasets
+    from anybatch.methods.filters import reuse_filters
 
     model, facts = checkpoint.load_model(run)
     if not any(facts.mean):
@@ -448,22 +449,22 @@ def predict(
         raise UserError(f"no image files in {', '.join(map(str, images))}")
     found: list[dict[str, Any]] = []
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (facts.mean, facts.std))
-    for file in files:
-        try:
-            pixels = datasets.load_image(file, facts.size, facts.in_chans)
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            err.print(f"skipped: {error}", style="yellow", markup=False, soft_wrap=True)
-            continue
-        with torch.inference_mode():
+    with torch.inference_mode(), reuse_filters(model):
+        for file in files:
+            try:
+                pixels = datasets.load_image(file, facts.size, facts.in_chans)
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                err.print(f"skipped: {error}", style="yellow", markup=False, soft_wrap=True)
+                continue
             chances = model(((pixels / 255 - mean) / std)[None]).softmax(1)[0]
-        best = chances.topk(min(top, len(facts.classes)))
-        classes = [
-            {"class": facts.classes[i], "probability": p}
-            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        found.append({"file": str(file), "classes": classes})
+            best = chances.topk(min(top, len(facts.classes)))
+            classes = [
+                {"class": facts.classes[i], "probability": p}
+                for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+            found.append({"file": str(file), "classes": classes})
     if as_json:
         _print_json({"images": found})
         return

@@ -21,6 +21,7 @@ from anybatch.methods.scaled_weight_standardization import ScaledWSConv1d as Sca
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv2d as ScaledWSConv2d
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv3d as ScaledWSConv3d
 from anybatch.methods.scaled_weight_standardization import ScaledWSLinear as ScaledWSLinear
+from anybatch.methods.squeeze_excite import SqueezeExcite as SqueezeExcite
 from anybatch.methods.weight_standardization import WSConv1d as WSConv1d
 from anybatch.methods.weight_standardization import WSConv2d as WSConv2d
 from anybatch.methods.weight_standardization import WSConv3d as WSConv3d

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.data import Images
+from anybatch.methods.filters import reuse_filters
 
 
 class DivergedError(RuntimeError):
@@ -42,7 +43,7 @@ def evaluate(model: nn.Module, images: Images, *, batch_size: int = 256) -> tupl
     wrong, loss = 0.0, 0.0
     try:
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), reuse_filters(model):
             for start in range(0, len(images), batch_size):
                 x, y = images.__getitems__(range(start, min(start + batch_size, len(images))))
                 wrong_n, loss_n = wrong_and_losses(model, x.to(device), y.to(device))

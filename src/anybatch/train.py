@@ -26,6 +26,7 @@ from anybatch.checkpoint import RESUME, ModelFacts, SafeCheckpointIO, save_model
 from anybatch.driver import Epoch, Loaders, Progress, Reporter, Run, StateKeeper
 from anybatch.files import write_file
 from anybatch.measure import device_name, multiply_adds, saved_bytes
+from anybatch.methods.filters import reuse_filters
 from anybatch.recipe import Recipe
 from anybatch.rows import FORMAT, DataFacts, Row
 from anybatch.step import DivergedError, training_loss
@@ -77,11 +78,12 @@ def run(
             x, y = split.train.__getitems__(range(recipe.data.batch_size))
             row["peak_memory"] = counted_memory(module, x, y, trainer)
         try:
-            trainer.fit(
-                module,
-                datamodule=Loaders(split, recipe),
-                ckpt_path=str(resume) if resume is not None and resume.exists() else None,
-            )
+            with reuse_filters(module.model):  # once a step, however many batches it accumulates
+                trainer.fit(
+                    module,
+                    datamodule=Loaders(split, recipe),
+                    ckpt_path=str(resume) if resume is not None and resume.exists() else None,
+                )
         except DivergedError as error:
             row["status"], row["message"] = "failed", str(error)
         except SystemExit:  # what Lightning makes of Ctrl-C and of a signal to end
