@@ -63,7 +63,7 @@ def local_context_norm(
             would erase.
 
     Source:
-        Ortiz et al. 2019, "Local Context Normalization: Revisiting Local Normalization", arXiv:1912.05845; what its released code does, from that code.
+        Ortiz et al. 2019, "Local Context Normalization: Revisiting Local Normalization", arXiv:1912.05845, and its released code.
     """
     check_has_channels(x)
     c, sizes = x.shape[1], x.shape[2:]
@@ -208,7 +208,7 @@ _DOC = """Local context normalization of {what}; see `anybatch.functional.local_
             dimensions; in `forward`, if a window holds one value, which normalizing would erase.
 
     Source:
-        Ortiz et al. 2019, arXiv:1912.05845; what its released code does, from that code.
+        Ortiz et al. 2019, arXiv:1912.05845, and its released code.
     """
 
 
