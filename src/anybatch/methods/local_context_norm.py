@@ -63,7 +63,8 @@ def local_context_norm(
             would erase.
 
     Source:
-        Ortiz et al. 2019, "Local Context Normalization: Revisiting Local Normalization", arXiv:1912.05845, and its released code.
+        Ortiz et al. 2019, "Local Context Normalization: Revisiting Local Normalization", arXiv:1912.05845,
+        and its released code.
     """
     check_has_channels(x)
     c, sizes = x.shape[1], x.shape[2:]
