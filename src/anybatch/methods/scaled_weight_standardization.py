@@ -118,9 +118,9 @@ class _ScaledWSConv(_ScaledWS, nn.modules.conv._ConvNd):
 _DOC = """{what} whose filters have zero mean and norm ``gain``: torch's ``{base}`` and its arguments.
 
     ``y = {op}(x, gamma * gain * (W - mean W) / sqrt(max(N * var W, eps))) + bias``, biased variance over the N inputs
-    of each filter. The output has the variance of the input, also where the input has a mean: behind an activation
-    times its gain (`ScaledActivation`), 1. Filters start normal with variance 1 / N, biases at 0. The published
-    networks keep the bias everywhere.{depthwise}
+    of each filter. Where the inputs of a filter are independent and share a mean, which it cancels, and a variance, the
+    output has that variance: behind an activation times its gain (`ScaledActivation`), 1. Filters start normal with
+    variance 1 / N, biases at 0. The published networks keep the bias everywhere.{depthwise}
 
     Args:
         gamma: A constant factor of the filter: an activation's gain where, as in the paper and in timm's models, it is
