@@ -46,6 +46,11 @@ SPELLINGS = [
     ("InstanceNorm3d", "in"),
     ("layer", "ln"),
     ("Identity", "none"),
+    ("SyncBN", "syncbn"),
+    ("FrozenBN", "frozenbn"),
+    ("ConvWS+BCNorm", "ws+bcn"),
+    ("bcn:16", "bcn(groups=16)"),
+    ("BatchRenorm2d", "brn"),
     ("ConvWS+GN", "ws+gn"),
 ]
 
@@ -128,7 +133,7 @@ def test_every_part_has_its_own_name(name: str) -> None:
     ("spec", "message"),
     [
         ("gm", r"unknown part 'gm' in scheme 'gm'; did you mean gn\?"),
-        ("ws+grupnorm", r"unknown part 'grupnorm' in scheme 'ws\+grupnorm'.*Known: bn, gn, in, ln, none, ws"),
+        ("ws+grupnorm", r"unknown part 'grupnorm' in scheme 'ws\+grupnorm'.*Known: .*\bbn, .*\bgn, .*\bws"),
         ("gn(group=8)", r"unknown option of gn 'group' in scheme 'gn\(group=8\)'; did you mean group_size or groups"),
         ("bn:16", r"unknown option of bn 'groups' in scheme 'bn:16'.*Known: eps, momentum"),
         ("bn+gn", "'bn' and 'gn' both fill the slot 'norm'"),

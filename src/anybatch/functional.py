@@ -4,6 +4,10 @@ from anybatch import kernels as kernels
 from anybatch.dispatch import backend as backend
 from anybatch.dispatch import backends as backends
 from anybatch.methods.activation_gain import activation_gain as activation_gain
+from anybatch.methods.batch_channel_norm import batch_channel_norm as batch_channel_norm
+from anybatch.methods.batch_norm import frozen_batch_norm as frozen_batch_norm
+from anybatch.methods.batch_renorm import batch_renorm as batch_renorm
+from anybatch.methods.batch_renorm import renorm_correction as renorm_correction
 from anybatch.methods.derf import dynamic_erf as dynamic_erf
 from anybatch.methods.dynamic_tanh import dynamic_tanh as dynamic_tanh
 from anybatch.methods.evo_norm import batch_variance as batch_variance

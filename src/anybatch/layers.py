@@ -2,6 +2,14 @@
 
 from anybatch import kernels as kernels
 from anybatch.methods.activation_gain import ScaledActivation as ScaledActivation
+from anybatch.methods.batch_channel_norm import BatchChannelNorm1d as BatchChannelNorm1d
+from anybatch.methods.batch_channel_norm import BatchChannelNorm2d as BatchChannelNorm2d
+from anybatch.methods.batch_channel_norm import BatchChannelNorm3d as BatchChannelNorm3d
+from anybatch.methods.batch_norm import FrozenBatchNorm as FrozenBatchNorm
+from anybatch.methods.batch_norm import SyncBatchNorm as SyncBatchNorm
+from anybatch.methods.batch_renorm import BatchRenorm1d as BatchRenorm1d
+from anybatch.methods.batch_renorm import BatchRenorm2d as BatchRenorm2d
+from anybatch.methods.batch_renorm import BatchRenorm3d as BatchRenorm3d
 from anybatch.methods.derf import DynamicErf as DynamicErf
 from anybatch.methods.dynamic_tanh import DynamicTanh as DynamicTanh
 from anybatch.methods.evo_norm import EvoNormB0 as EvoNormB0

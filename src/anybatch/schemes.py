@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from anybatch import kernels as kernels  # attaches the fast paths to the references
-from anybatch.methods.batch_norm import bn
+from anybatch.methods.batch_channel_norm import bcn
+from anybatch.methods.batch_norm import bn, frozenbn, syncbn
+from anybatch.methods.batch_renorm import brn
 from anybatch.methods.derf import derf
 from anybatch.methods.dynamic_tanh import dyt
 from anybatch.methods.evo_norm import evob0, evos0
@@ -33,12 +35,15 @@ def none() -> Scheme:
 
 
 PARTS: dict[str, Callable[..., Scheme]] = {
+    "bcn": bcn,
     "bn": bn,
+    "brn": brn,
     "derf": derf,
     "dyt": dyt,
     "evob0": evob0,
     "evos0": evos0,
     "frn": frn,
+    "frozenbn": frozenbn,
     "gn": gn,
     "in": in_,
     "lcn": lcn,
@@ -47,16 +52,27 @@ PARTS: dict[str, Callable[..., Scheme]] = {
     "none": none,
     "pn": pn,
     "sws": sws,
+    "syncbn": syncbn,
     "ws": ws,
 }
 
 # What people type in torch, timm, mmcv, detectron2 and MONAI, in lower case.
 ALIASES: dict[str, str] = {
     "batch": "bn",
+    "batchchannelnorm": "bcn",
+    "batchchannelnorm1d": "bcn",
+    "batchchannelnorm2d": "bcn",
+    "batchchannelnorm3d": "bcn",
     "batchnorm": "bn",
     "batchnorm1d": "bn",
     "batchnorm2d": "bn",
     "batchnorm3d": "bn",
+    "batchrenorm": "brn",
+    "batchrenorm1d": "brn",
+    "batchrenorm2d": "brn",
+    "batchrenorm3d": "brn",
+    "batchrenormalization": "brn",
+    "bcnorm": "bcn",
     "bn1d": "bn",
     "bn2d": "bn",
     "bn3d": "bn",
@@ -75,8 +91,11 @@ ALIASES: dict[str, str] = {
     "filterresponsenorm3d": "frn",
     "filterresponsenormtlu2d": "frn",
     "frn_tlu": "frn",
+    "frozenbatchnorm": "frozenbn",
+    "frozenbatchnorm2d": "frozenbn",
     "group": "gn",
     "groupnorm": "gn",
+    "identity": "none",
     "in1d": "in",
     "in2d": "in",
     "in3d": "in",
@@ -87,7 +106,6 @@ ALIASES: dict[str, str] = {
     "instancenorm3d": "in",
     "layer": "ln",
     "layernorm": "ln",
-    "identity": "none",
     "layernorm2d": "pn",
     "ln2d": "pn",
     "localcontextnorm": "lcn",
@@ -95,10 +113,13 @@ ALIASES: dict[str, str] = {
     "localcontextnorm2d": "lcn",
     "localcontextnorm3d": "lcn",
     "localresponsenorm": "lrn",
+    "naivesyncbn": "syncbn",
     "pono": "pn",
     "positionalnorm": "pn",
     "scaledstdconv2d": "sws",
     "stdconv2d": "ws",
+    "syncbatch": "syncbn",
+    "syncbatchnorm": "syncbn",
     "weightstandardization": "ws",
 }
 

@@ -128,7 +128,7 @@ def layer_case(
         torch.manual_seed(3)
         layer = kind(*args, **kwargs, **more).train(batch_independent)
         for p in layer.parameters():  # away from 0 and 1, which would hide a missing scale or shift
-            if p.dim() == 1 and not p.is_meta:
+            if p.dim() <= 1 and not p.is_meta:
                 nn.init.normal_(p, 1.0)
         return layer
 
@@ -142,12 +142,13 @@ class SchemeCase:
     """One scheme in a small network.
 
     ``one_position`` says whether it takes maps of 1 x 1 in the last stage; ``drops``, whether it draws random numbers
-    in training, so that training and evaluation differ.
+    in training, so that training and evaluation differ; ``synchronized``, whether ranks share statistics of the batch.
     """
 
     scheme: str
     one_position: bool = True
     drops: bool = False
+    synchronized: bool = False
     model: str = "resnet8"
     options: dict[str, Any] = field(default_factory=lambda: {"width": 32, "num_classes": 5})
 

@@ -50,7 +50,7 @@ def test_every_part_has_a_row() -> None:
 
 
 def test_only_schemes_with_batch_normalization_claim_nothing() -> None:
-    assert {str(case) for case in BATCH_BOUND} == {"bn", "evob0", "ws+bn"}
+    assert {str(case) for case in BATCH_BOUND} == {"bcn:8", "bn", "brn", "evob0", "syncbn", "ws+bcn:8", "ws+bn"}
 
 
 # Promise 1: batch-free means batch-free.
@@ -114,15 +114,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, T
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", BATCH_FREE, ids=str)
+@pytest.mark.parametrize("case", [*BATCH_FREE, *(case for case in BATCH_BOUND if case.synchronized)], ids=str)
 def test_2_ranks_of_batch_1_equal_1_rank_of_batch_2(case: SchemeCase, two_ranks: dict[str, dict[str, Tensor]]) -> None:
     x = images(2, dtype=torch.float64)
     expected = batch_gradient(case.network(torch.float64), x, LABELS[:2], 2)
-    assert_same_gradients(two_ranks[case.scheme], expected, relative=1e-12)
+    # Shared statistics are summed in another order, which a network of 9 layers passes on.
+    assert_same_gradients(two_ranks[case.scheme], expected, relative=1e-10 if case.synchronized else 1e-12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", BATCH_BOUND, ids=str)
+@pytest.mark.parametrize("case", [case for case in BATCH_BOUND if not case.synchronized], ids=str)
 def test_2_ranks_of_batch_1_differ_under_batch_normalization(
     case: SchemeCase, two_ranks: dict[str, dict[str, Tensor]]
 ) -> None:

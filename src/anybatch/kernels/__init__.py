@@ -2,8 +2,13 @@
 
 from anybatch.kernels import recompute
 from anybatch.kernels import recompute_group_norm as recompute_group_norm
+from anybatch.kernels import torch_batch_channel_norm as torch_batch_channel_norm
+from anybatch.kernels import torch_batch_renorm as torch_batch_renorm
 from anybatch.kernels import torch_group_norm as torch_group_norm
 from anybatch.kernels import torch_weight_standardize as torch_weight_standardize
+from anybatch.methods.batch_channel_norm import batch_channel_norm
+from anybatch.methods.batch_norm import frozen_batch_norm
+from anybatch.methods.batch_renorm import batch_renorm
 from anybatch.methods.derf import dynamic_erf
 from anybatch.methods.dynamic_tanh import dynamic_tanh
 from anybatch.methods.evo_norm import batch_variance, evo_norm_b0, evo_norm_s0
@@ -13,6 +18,8 @@ from anybatch.methods.local_response_norm import local_response_norm
 from anybatch.methods.positional_norm import positional_moments, positional_norm
 
 # Ops of which half precision keeps no float32 copies for backward.
+recompute.attach(batch_channel_norm)
+recompute.attach(batch_renorm)
 recompute.attach(batch_variance)
 recompute.attach(dynamic_erf)
 recompute.attach(dynamic_tanh)
@@ -23,3 +30,4 @@ recompute.attach(local_context_norm)
 recompute.attach(local_response_norm)
 recompute.attach(positional_moments)
 recompute.attach(positional_norm)
+recompute.attach(frozen_batch_norm, linear=True)

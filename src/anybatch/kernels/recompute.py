@@ -47,10 +47,21 @@ def _refusal(x: Tensor, *_: Any, **__: Any) -> str | None:
     return f"x is {x.dtype}, of which the reference keeps no wider copies" if x.dtype.itemsize >= 4 else None
 
 
-def attach(op: Op) -> None:
-    """Give an op whose first argument is its activations the kernel ``"recompute"``."""
+def _refusal_where_linear(x: Tensor, *others: Any, **options: Any) -> str | None:
+    if not any(isinstance(a, Tensor) and a.requires_grad for a in (*others, *options.values())):
+        return "x alone asks for a gradient, for which the reference keeps nothing of its size"
+    return _refusal(x)
 
-    @op.kernel("recompute", refusal=_refusal)
+
+def attach(op: Op, *, linear: bool = False) -> None:
+    """Give an op whose first argument is its activations the kernel ``"recompute"``.
+
+    Args:
+        op: The op.
+        linear: Whether it is linear in its activations.
+    """
+
+    @op.kernel("recompute", refusal=_refusal_where_linear if linear else _refusal)
     def recompute(*args: Any, **options: Any) -> Tensor:
         names = tuple(options)
 
