@@ -165,11 +165,12 @@ def test_the_first_step_takes_one_value_and_a_constant(shape: tuple[int, ...]) -
     assert (BatchChannelNorm2d(6, 3)(torch.arange(6.0).reshape(1, 6, 1, 1)).abs() > 0.9).all()
 
 
-def test_a_second_batch_may_come_before_the_backward_of_the_first() -> None:
-    layer = layer_with_random_parameters()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])  # the second keeps the statistics for backward
+def test_a_second_batch_may_come_before_the_backward_of_the_first(dtype: torch.dtype) -> None:
+    layer = layer_with_random_parameters().to(dtype)
     again = copy.deepcopy(layer)
-    a, b = (offset_input(2, 6, 5, 7).requires_grad_() for _ in range(2))
-    g = torch.randn(a.shape, dtype=torch.float64)
+    a, b = (offset_input(2, 6, 5, 7).to(dtype).requires_grad_() for _ in range(2))
+    g = torch.randn(a.shape).to(dtype)
     layer(a).backward(g)
     expected, a.grad = a.grad, None
     first = again(a)

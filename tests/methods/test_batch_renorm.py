@@ -38,7 +38,8 @@ def test_by_hand() -> None:
     # 0, deviation 2. So r = 3 / 2 and d = (4 - 2) / 2 = 1, and y = (x - 4) / 3 * 3 / 2 + 1 = (x - 2) / 2.
     x = torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]])
     mean, var, two, nil = (torch.tensor([v]) for v in (4.0, 5.0, 2.0, 0.0))
-    r, d = renorm_correction(mean, var, two, nil, eps=4.0)
+    r, d = renorm_correction(mean.requires_grad_(), var.requires_grad_(), two, nil, eps=4.0)
+    assert not (r.requires_grad or d.requires_grad)
     torch.testing.assert_close((r, d), (torch.tensor([1.5]), torch.tensor([1.0])))
     torch.testing.assert_close(batch_renorm(x, r, d, eps=4.0), (x - 2) / 2)
     torch.testing.assert_close(batch_renorm(x, r, d, torch.tensor([10.0]), torch.tensor([7.0]), eps=4.0), 5 * x - 3)
