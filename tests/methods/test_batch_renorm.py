@@ -39,7 +39,7 @@ def test_by_hand() -> None:
     x = torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]])
     mean, var, two, nil = (torch.tensor([v]) for v in (4.0, 5.0, 2.0, 0.0))
     r, d = renorm_correction(mean.requires_grad_(), var.requires_grad_(), two, nil, eps=4.0)
-    assert not (r.requires_grad or d.requires_grad)
+    assert not any(t.requires_grad for t in (r, d))
     torch.testing.assert_close((r, d), (torch.tensor([1.5]), torch.tensor([1.0])))
     torch.testing.assert_close(batch_renorm(x, r, d, eps=4.0), (x - 2) / 2)
     torch.testing.assert_close(batch_renorm(x, r, d, torch.tensor([10.0]), torch.tensor([7.0]), eps=4.0), 5 * x - 3)
