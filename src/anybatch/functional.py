@@ -15,6 +15,8 @@ from anybatch.methods.evo_norm import evo_norm_b0 as evo_norm_b0
 from anybatch.methods.evo_norm import evo_norm_s0 as evo_norm_s0
 from anybatch.methods.filter_response_norm import filter_response_norm as filter_response_norm
 from anybatch.methods.group_norm import group_norm as group_norm
+from anybatch.methods.kernel_norm import kernel_norm as kernel_norm
+from anybatch.methods.kn_conv import kn_conv as kn_conv
 from anybatch.methods.local_context_norm import local_context_norm as local_context_norm
 from anybatch.methods.local_response_norm import local_response_norm as local_response_norm
 from anybatch.methods.positional_norm import moment_shortcut as moment_shortcut

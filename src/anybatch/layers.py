@@ -19,6 +19,12 @@ from anybatch.methods.filter_response_norm import FilterResponseNorm2d as Filter
 from anybatch.methods.filter_response_norm import FilterResponseNorm3d as FilterResponseNorm3d
 from anybatch.methods.filters import reuse_filters as reuse_filters
 from anybatch.methods.group_norm import GroupNorm as GroupNorm
+from anybatch.methods.kernel_norm import KernelNorm1d as KernelNorm1d
+from anybatch.methods.kernel_norm import KernelNorm2d as KernelNorm2d
+from anybatch.methods.kernel_norm import KernelNorm3d as KernelNorm3d
+from anybatch.methods.kn_conv import KNConv1d as KNConv1d
+from anybatch.methods.kn_conv import KNConv2d as KNConv2d
+from anybatch.methods.kn_conv import KNConv3d as KNConv3d
 from anybatch.methods.local_context_norm import LocalContextNorm1d as LocalContextNorm1d
 from anybatch.methods.local_context_norm import LocalContextNorm2d as LocalContextNorm2d
 from anybatch.methods.local_context_norm import LocalContextNorm3d as LocalContextNorm3d

@@ -20,6 +20,7 @@ from anybatch.methods.dynamic_tanh import dyt
 from anybatch.methods.evo_norm import evob0, evos0
 from anybatch.methods.filter_response_norm import frn
 from anybatch.methods.group_norm import gn, in_, ln
+from anybatch.methods.kn_conv import kn
 from anybatch.methods.local_context_norm import lcn
 from anybatch.methods.local_response_norm import lrn
 from anybatch.methods.positional_norm import pn
@@ -46,6 +47,7 @@ PARTS: dict[str, Callable[..., Scheme]] = {
     "frozenbn": frozenbn,
     "gn": gn,
     "in": in_,
+    "kn": kn,
     "lcn": lcn,
     "ln": ln,
     "lrn": lrn,
@@ -104,6 +106,9 @@ ALIASES: dict[str, str] = {
     "instancenorm1d": "in",
     "instancenorm2d": "in",
     "instancenorm3d": "in",
+    "kernelnorm": "kn",
+    "knconv": "kn",
+    "knconv2d": "kn",
     "layer": "ln",
     "layernorm": "ln",
     "layernorm2d": "pn",

@@ -13,6 +13,8 @@ from anybatch.methods.derf import dynamic_erf
 from anybatch.methods.dynamic_tanh import dynamic_tanh
 from anybatch.methods.evo_norm import batch_variance, evo_norm_b0, evo_norm_s0
 from anybatch.methods.filter_response_norm import filter_response_norm
+from anybatch.methods.kernel_norm import kernel_norm
+from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.local_context_norm import local_context_norm
 from anybatch.methods.local_response_norm import local_response_norm
 from anybatch.methods.positional_norm import positional_moments, positional_norm
@@ -26,6 +28,8 @@ recompute.attach(dynamic_tanh)
 recompute.attach(evo_norm_b0)
 recompute.attach(evo_norm_s0)
 recompute.attach(filter_response_norm)
+recompute.attach(kernel_norm)
+recompute.attach(kn_conv)
 recompute.attach(local_context_norm)
 recompute.attach(local_response_norm)
 recompute.attach(positional_moments)
