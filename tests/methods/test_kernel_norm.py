@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch import layers
-from anybatch.functional import kernel_norm
+from anybatch.functional import kernel_norm, positional_norm
 from anybatch.methods.kernel_norm import draw_mask, unit_moments
 from anybatch.methods.windows import windows
 from helpers import error
@@ -119,10 +119,11 @@ def test_shapes_of_tiles() -> None:
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_a_kernel_of_1_is_layer_norm_over_channels(dims: int) -> None:
+def test_a_kernel_of_1_is_positional_norm_and_layer_norm_over_channels(dims: int) -> None:
     x = offset_input(2, 6, *(5, 3, 4)[:dims])
     expected = F.layer_norm(x.movedim(1, -1), (6,), eps=1e-3).movedim(-1, 1)
     torch.testing.assert_close(kernel_norm(x, 1, eps=1e-3), expected)
+    torch.testing.assert_close(kernel_norm(x, 1, eps=1e-3), positional_norm(x, eps=1e-3))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
