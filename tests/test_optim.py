@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import nn
 
+import anybatch
+from anybatch.methods.normalizer_free import NormalizerFreeJoin
 from anybatch.optim import lr_factor, make_optimizer, param_groups
 from anybatch.recipe import Recipe, Schedule
 
@@ -15,6 +18,35 @@ def test_only_weights_decay():
     assert [p.dim() for p in plain["params"]] == [1, 1, 1, 1]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert param_groups(model, 0.1, decay_all=True)[1]["weight_decay"] == 0.1
+
+
+def test_gains_of_any_shape_norms_and_single_numbers_do_not_decay():
+    model = nn.ModuleDict(
+        {
+            "conv": ScaledStdConv2d(4, 8, 3),
+            "norm": nn.LayerNorm((3, 4)),
+            "join": NormalizerFreeJoin(0.2, 1.0),
+            "one_output": nn.Linear(8, 1),
+            "depthwise": nn.Conv1d(1, 1, 3),
+            "up": nn.ConvTranspose2d(4, 8, 3),
+            "embedding": nn.Embedding(5, 1),
+        }
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in param_groups(model, 0.1))
+    assert decayed == {f"{layer}.weight" for layer in ("conv", "one_output", "depthwise", "up", "embedding")}
+    assert plain == set(names.values()) - decayed
+    assert {"conv.gain", "norm.weight", "join.gain", "one_output.bias"} <= plain
+    assert model["conv"].gain.dim() == 4
+
+
+@pytest.mark.parametrize("scheme", ["nf", "fixup", "skipinit", "bn"])
+def test_the_filters_of_a_network_decay_and_nothing_else(scheme):
+    model = anybatch.create_model("resnet20", scheme, num_classes=3)
+    decayed, plain = param_groups(model, 0.1)
+    filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in filters}
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
 def test_frozen_and_shared_parameters_are_no_duplicates():

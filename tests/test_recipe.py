@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from anybatch import recipes
 from anybatch.recipe import Recipe, read_value, read_yaml
 
 # A value other than the default for every key.
@@ -39,6 +40,7 @@ OTHER = {
     "optim.weight_decay": 1e-05,
     "optim.decay_all": True,
     "optim.clip_norm": 1.5,
+    "optim.sam_rho": 0.05,
     "schedule.name": "constant",
     "schedule.epochs": 2,
     "schedule.warmup": 0.0,
@@ -68,7 +70,11 @@ def test_the_table_above_has_every_key() -> None:
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
     for i, recipe in enumerate(
-        [Recipe(), Recipe().replace(OTHER), *(Recipe().replace({k: v}) for k, v in OTHER.items())]
+        [
+            Recipe(),
+            Recipe().replace(OTHER | {"data.accumulate": 1}),
+            *(Recipe().replace({k: v}) for k, v in OTHER.items()),
+        ]
     ):
         path = tmp_path / f"{i}.yaml"
         path.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -101,6 +107,11 @@ def test_the_id_changes_with_any_value(path: str) -> None:
 def test_the_id_is_that_of_the_values() -> None:
     assert Recipe().id == Recipe.parse({}).id == Recipe.parse({"data": {"batch_size": 2}}).id
     assert Recipe().replace({"data.batch_size": 8}).replace({"data.batch_size": 2}).id == Recipe().id
+
+
+def test_ids_of_kept_rows_stay() -> None:
+    assert recipes.digits().id == "9341dec34716"
+    assert recipes.cifar10().id == "20662095f08a"
 
 
 @pytest.mark.parametrize("path", [path for path in OTHER if path != "model.options"])

@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 
 from anybatch import data
 from anybatch.files import write_file
-from anybatch.optim import lr_factor, make_optimizer
+from anybatch.optim import SAM, lr_factor, make_optimizer
 from anybatch.recipe import Recipe
 from anybatch.rows import Evaluation
 from anybatch.schemes import scheme
@@ -174,6 +174,8 @@ class Run(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         loss = training_loss(self.model, self._in_format(x), y, label_smoothing=self.recipe.train.label_smoothing)
+        if self._is_second_evaluation():
+            return loss  # of the same images, elsewhere
         self._losses.append(loss.detach())
         self.epoch_samples += len(y) * self.trainer.world_size
         # On the CPU a look at each loss costs nothing; on a GPU, or with other ranks, it waits for them.
@@ -188,8 +190,13 @@ class Run(L.LightningModule):
             step, lr = self.trainer.global_step, self.trainer.optimizers[0].param_groups[0]["lr"]
             raise DivergedError(f"the loss became {value} at step {step} (learning rate {lr:.3g}); try a lower one")
 
+    def _is_second_evaluation(self) -> bool:
+        optimizer = self.trainer.optimizers[0]
+        return isinstance(optimizer, SAM) and optimizer.perturbed
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.clip is not None:
+        # SAM's first gradient only says where to go for the second, by which it steps.
+        if self.clip is not None and (not isinstance(optimizer, SAM) or optimizer.perturbed):
             self.clip()
 
     def on_validation_epoch_start(self) -> None:

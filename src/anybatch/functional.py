@@ -23,4 +23,5 @@ from anybatch.methods.positional_norm import moment_shortcut as moment_shortcut
 from anybatch.methods.positional_norm import positional_moments as positional_moments
 from anybatch.methods.positional_norm import positional_norm as positional_norm
 from anybatch.methods.scaled_weight_standardization import scaled_weight_standardize as scaled_weight_standardize
+from anybatch.methods.stochastic_depth import stochastic_depth as stochastic_depth
 from anybatch.methods.weight_standardization import weight_standardize as weight_standardize

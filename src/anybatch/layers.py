@@ -18,6 +18,9 @@ from anybatch.methods.filter_response_norm import FilterResponseNorm1d as Filter
 from anybatch.methods.filter_response_norm import FilterResponseNorm2d as FilterResponseNorm2d
 from anybatch.methods.filter_response_norm import FilterResponseNorm3d as FilterResponseNorm3d
 from anybatch.methods.filters import reuse_filters as reuse_filters
+from anybatch.methods.fixup import FixupConv1d as FixupConv1d
+from anybatch.methods.fixup import FixupConv2d as FixupConv2d
+from anybatch.methods.fixup import FixupConv3d as FixupConv3d
 from anybatch.methods.group_norm import GroupNorm as GroupNorm
 from anybatch.methods.kernel_norm import KernelNorm1d as KernelNorm1d
 from anybatch.methods.kernel_norm import KernelNorm2d as KernelNorm2d
@@ -36,6 +39,7 @@ from anybatch.methods.scaled_weight_standardization import ScaledWSConv2d as Sca
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv3d as ScaledWSConv3d
 from anybatch.methods.scaled_weight_standardization import ScaledWSLinear as ScaledWSLinear
 from anybatch.methods.squeeze_excite import SqueezeExcite as SqueezeExcite
+from anybatch.methods.stochastic_depth import StochasticDepth as StochasticDepth
 from anybatch.methods.weight_standardization import WSConv1d as WSConv1d
 from anybatch.methods.weight_standardization import WSConv2d as WSConv2d
 from anybatch.methods.weight_standardization import WSConv3d as WSConv3d

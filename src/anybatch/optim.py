@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers and the course of the learning rate."""
+"""Parameter groups, gradient clipping, optimizers and the course of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from anybatch.methods.adaptive_gradient_clipping import AGC as AGC
+from anybatch.methods.adaptive_gradient_clipping import AttachedAGC as AttachedAGC
+from anybatch.methods.adaptive_gradient_clipping import Clipped as Clipped
+from anybatch.methods.adaptive_gradient_clipping import adaptive_clip_grad_ as adaptive_clip_grad_
+from anybatch.methods.adaptive_gradient_clipping import attach_agc as attach_agc
+from anybatch.methods.parameters import decays, places
+from anybatch.methods.sam import SAM as SAM
 from anybatch.recipe import Recipe, Schedule
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = False) -> list[dict[str, Any]]:
-    """Filters and weight matrices with decay; scales, shifts and biases (one dimension or none) without.
+    """Filters and weight matrices with decay; gains, scales, biases and single numbers without.
+
+    The weight of a linear layer, convolution or embedding decays, whatever its shape. Of the rest, norms' parameters
+    and whatever has at most one dimension larger than 1 do not: biases, gains (also of shape (C, 1, 1, 1), on which
+    timm's groups put decay), skip gains, as in the recipe of the normalizer-free networks (arXiv:2102.06171,
+    appendix A).
 
     Args:
         model: Whose trainable parameters are grouped, each once.
@@ -22,10 +34,14 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = Fal
     Returns:
         Groups for a torch optimizer; an empty group is left out.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [place for place in places(model) if place.parameter.requires_grad]
+    decayed = {place.name for place in trained if decays(place)}
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": weight_decay if decay_all else 0.0},
+        {"params": [place.parameter for place in trained if place.name in decayed], "weight_decay": weight_decay},
+        {
+            "params": [place.parameter for place in trained if place.name not in decayed],
+            "weight_decay": weight_decay if decay_all else 0.0,
+        },
     ]
     return [group for group in groups if group["params"]]
 
@@ -37,8 +53,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     # A fused step under mixed precision undoes the gradients' scale by itself, too late for clipping.
     fused = not recipe.train.precision.endswith("-mixed")
     if o.name == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=o.momentum, nesterov=o.nesterov, fused=fused)
-    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(o.momentum, 0.999), fused=fused)
+        made = torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=o.momentum, nesterov=o.nesterov, fused=fused)
+    else:
+        made = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(o.momentum, 0.999), fused=fused)
+    return made if o.sam_rho is None else SAM(made, o.sam_rho)
 
 
 def lr_factor(schedule: Schedule, step: int, steps_per_epoch: int) -> float:

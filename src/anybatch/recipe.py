@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from anybatch.suggest import unknown
 
@@ -89,6 +89,8 @@ class Optim(_Section):
     decay_all: bool = False
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; None for no clipping."""
+    sam_rho: float | None = Field(default=None, gt=0)
+    """Radius of sharpness-aware minimization, which evaluates each batch twice; None for plain steps."""
 
 
 class Schedule(_Section):
@@ -117,6 +119,10 @@ class Train(_Section):
     """Epochs between evaluations; the last epoch is always evaluated."""
 
 
+# Keys that came after the first rows were kept: at None they leave a recipe's id as it was.
+_ADDED = (("optim", "sam_rho"),)
+
+
 class Recipe(_Section):
     """One complete run. Sections and keys stand in the YAML as they stand here.
 
@@ -129,6 +135,21 @@ class Recipe(_Section):
     optim: Optim = Field(default_factory=Optim)
     schedule: Schedule = Field(default_factory=Schedule)
     train: Train = Field(default_factory=Train)
+
+    @model_validator(mode="after")
+    def _check_sam(self) -> Self:
+        if self.optim.sam_rho is not None:
+            if self.data.accumulate > 1:
+                raise ValueError(
+                    f"optim.sam_rho needs both its gradients of all of a step's images, and with data.accumulate="
+                    f"{self.data.accumulate} only the last batch is evaluated twice; take a larger batch"
+                )
+            if self.train.precision == "16-mixed":
+                raise ValueError(
+                    "optim.sam_rho does not go with train.precision=16-mixed, whose scaled gradients take one "
+                    "evaluation a step; take bf16-mixed"
+                )
+        return self
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, where: str = "recipe") -> Self:
@@ -176,7 +197,11 @@ class Recipe(_Section):
 
     def essence(self) -> dict[str, Any]:
         """All values on which a result depends: where the data lies and how it is fetched do not count."""
-        return self.model_dump(mode="json", exclude={"data": {"root", "workers", "eval_batch_size"}})
+        values = self.model_dump(mode="json", exclude={"data": {"root", "workers", "eval_batch_size"}})
+        for section, key in _ADDED:
+            if values[section][key] is None:
+                del values[section][key]
+        return values
 
     @property
     def id(self) -> str:
@@ -228,6 +253,8 @@ def explain(error: ValidationError, top: type[BaseModel]) -> str:
 
 def _explain_one(place: Iterable[int | str], kind: str, message: str, got: Any, top: type[BaseModel]) -> str:
     path = [str(step) for step in place]
+    if not path and kind == "value_error":
+        return message.removeprefix("Value error, ")
     if kind == "extra_forbidden":
         model: type[BaseModel] = top
         for step in path[:-1]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from anybatch import kernels as kernels  # attaches the fast paths to the references
+from anybatch.methods.adaptive_gradient_clipping import agc
 from anybatch.methods.batch_channel_norm import bcn
 from anybatch.methods.batch_norm import bn, frozenbn, syncbn
 from anybatch.methods.batch_renorm import brn
@@ -19,12 +20,15 @@ from anybatch.methods.derf import derf
 from anybatch.methods.dynamic_tanh import dyt
 from anybatch.methods.evo_norm import evob0, evos0
 from anybatch.methods.filter_response_norm import frn
+from anybatch.methods.fixup import fixup
 from anybatch.methods.group_norm import gn, in_, ln
 from anybatch.methods.kn_conv import kn
 from anybatch.methods.local_context_norm import lcn
 from anybatch.methods.local_response_norm import lrn
+from anybatch.methods.normalizer_free import nf
 from anybatch.methods.positional_norm import pn
 from anybatch.methods.scaled_weight_standardization import sws
+from anybatch.methods.skip_init import skipinit
 from anybatch.methods.weight_standardization import ws
 from anybatch.scheme import Scheme
 from anybatch.suggest import unknown
@@ -36,6 +40,7 @@ def none() -> Scheme:
 
 
 PARTS: dict[str, Callable[..., Scheme]] = {
+    "agc": agc,
     "bcn": bcn,
     "bn": bn,
     "brn": brn,
@@ -43,6 +48,7 @@ PARTS: dict[str, Callable[..., Scheme]] = {
     "dyt": dyt,
     "evob0": evob0,
     "evos0": evos0,
+    "fixup": fixup,
     "frn": frn,
     "frozenbn": frozenbn,
     "gn": gn,
@@ -51,8 +57,10 @@ PARTS: dict[str, Callable[..., Scheme]] = {
     "lcn": lcn,
     "ln": ln,
     "lrn": lrn,
+    "nf": nf,
     "none": none,
     "pn": pn,
+    "skipinit": skipinit,
     "sws": sws,
     "syncbn": syncbn,
     "ws": ws,
@@ -60,6 +68,7 @@ PARTS: dict[str, Callable[..., Scheme]] = {
 
 # What people type in torch, timm, mmcv, detectron2 and MONAI, in lower case.
 ALIASES: dict[str, str] = {
+    "adaptivegradientclipping": "agc",
     "batch": "bn",
     "batchchannelnorm": "bcn",
     "batchchannelnorm1d": "bcn",
@@ -119,6 +128,9 @@ ALIASES: dict[str, str] = {
     "localcontextnorm3d": "lcn",
     "localresponsenorm": "lrn",
     "naivesyncbn": "syncbn",
+    "nfnet": "nf",
+    "normalizer_free": "nf",
+    "normalizerfree": "nf",
     "pono": "pn",
     "positionalnorm": "pn",
     "scaledstdconv2d": "sws",

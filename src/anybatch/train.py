@@ -267,6 +267,7 @@ def counted_memory(module: Run, x: Tensor, y: Tensor, trainer: L.Trainer) -> int
         kept = saved_bytes(model, lambda: training_loss(model, x, y))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     copies = {"sgd": 3 if recipe.optim.momentum else 2, "adamw": 4}[recipe.optim.name] + (recipe.train.ema is not None)
+    copies += recipe.optim.sam_rho is not None
     return weights * copies + kept
 
 
