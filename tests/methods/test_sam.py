@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch import train
-from anybatch.optim import SAM, make_optimizer
+from anybatch import driver, train
+from anybatch.optim import SAM, adaptive_clip_grad_, make_optimizer
 from anybatch.recipe import Recipe
 from test_train import tiny
 
@@ -183,8 +183,6 @@ def test_a_run_takes_the_steps_of_a_bare_loop(monkeypatch: pytest.MonkeyPatch) -
     """With clipping, which acts on the second gradient alone."""
     seen: list[tuple[Tensor, Tensor]] = []
     models: list[nn.Module] = []
-    from anybatch import driver
-
     original = driver.training_loss
 
     def spy(model: nn.Module, x: Tensor, y: Tensor, **options: float) -> Tensor:
@@ -200,8 +198,6 @@ def test_a_run_takes_the_steps_of_a_bare_loop(monkeypatch: pytest.MonkeyPatch) -
     train.run(recipe)
     trained, model = models
     optimizer = make_optimizer(model, recipe)
-    from anybatch.optim import adaptive_clip_grad_
-
     assert isinstance(optimizer, SAM)
     for x, y in seen:
         optimizer.zero_grad()
