@@ -1,0 +1,101 @@
+"""What tests of several families ask of a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.models.network import Network
+from helpers import assert_same_gradients, gradients, saved_tensors
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def randomized(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network in evaluation mode with scales, shifts, statistics and weights away from where they start."""
+    with torch.device("meta"):  # the first weights of large networks take seconds to draw
+        model = make()
+    model.to_empty(device="cpu")
+    for key, value in model.state_dict().items():
+        if value.dim() == 0:
+            value.zero_()
+        elif value.numel() == len(value):
+            value.normal_(0, 0.1) if key.endswith("bias") else value.uniform_(0.3, 0.7)
+        else:
+            value.normal_(0, (4 / value[0].numel()) ** 0.5)  # makes good what scales of 0.5 on average take
+    return model.eval()
+
+
+def assert_same_logits(ours: nn.Module, theirs: nn.Module, sizes: tuple[int, ...] = (64, 75)) -> None:
+    contrast, brightness = torch.tensor([[3.0, 0.3], [-1.0, 1.0]])[:, :, None, None, None]
+    for size in sizes:
+        x = torch.randn(2, 3, size, size) * contrast + brightness
+        with torch.no_grad():
+            got, expected = ours(x), theirs(x)
+        assert expected.std(0).max() > 0.05 * expected.abs().max(), "the logits hardly depend on the image"
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def assert_same_layout(ours: nn.Module, theirs: nn.Module) -> None:
+    """Names, order and number of values of all parameters and buffers."""
+    got, expected = ([(key, v.numel()) for key, v in m.state_dict().items()] for m in (ours, theirs))
+    assert got == expected
+
+
+def assert_a_step_reaches_every_parameter(model: nn.Module, x: Tensor) -> None:
+    y = model.train()(x)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.any(), name
+
+
+def assert_survives_wrapping(model: nn.Module, x: Tensor) -> None:
+    """Full-graph compilation, export with any batch size, and channels_last."""
+    model = model.double().eval()
+    x = x.double()
+    expected = model(x)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
+    torch.testing.assert_close(exported(x), expected)
+    torch.testing.assert_close(exported(x[:1]), expected[:1])
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    maps = last.forward_intermediates(x.contiguous(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in maps)
+    torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+def assert_checkpointing_changes_memory_alone(model: Network, x: Tensor, *, at_most: float) -> None:
+    """The same gradients, with at most this part of the values kept."""
+    model, x = model.double().train(), x.double()
+    kept, found = [], []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        with saved_tensors() as tensors:
+            loss = model(x).square().sum()
+        owned = {p.data_ptr() for p in model.parameters()}
+        kept.append(sum({t.data_ptr(): t.numel() for t in tensors if t.data_ptr() not in owned}.values()))
+        loss.backward()
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0], relative=1e-10)
+    assert kept[1] <= at_most * kept[0], f"kept {kept[1]} of {kept[0]} values"
+
+
+def assert_pyramid_fits(model: Network, x: Tensor) -> None:
+    """Maps have the channels and the sizes that the network tells, and the last leads to the logits."""
+    model.eval()
+    maps = model.forward_intermediates(x)
+    assert [y.shape[1] for y in maps] == [info["num_chs"] for info in model.feature_info]
+    assert [x.shape[2] // y.shape[2] for y in maps] == [info["reduction"] for info in model.feature_info]
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), model(x), rtol=0, atol=0)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (len(x), model.num_features)
