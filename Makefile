@@ -7,7 +7,7 @@ BIN := .venv/bin
 OUT ?= runs/compare-digits
 OPTIONS ?=
 
-.PHONY: compare test test-all check bench clean
+.PHONY: compare test test-all check bench numerics clean
 
 compare: .venv/base
 	$(BIN)/anybatch compare --data digits --out $(OUT) $(OPTIONS)
@@ -26,6 +26,9 @@ check: .venv/dev
 
 bench: .venv/base
 	$(BIN)/python benchmarks/steps.py $(OPTIONS)
+
+numerics: .venv/dev
+	$(BIN)/python benchmarks/numerics.py
 
 clean:
 	rm -rf .venv

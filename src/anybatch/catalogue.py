@@ -22,25 +22,19 @@ def _sentence(function: Any) -> str:
 
 
 def _models() -> dict[str, dict[str, Any]]:
-    import torch
-
-    from anybatch.measure import multiply_adds
-    from anybatch.models import Network, create_model, list_models, model_entry
+    from anybatch.models import list_models, model_entry
+    from anybatch.models.counts import counts
 
     told = {}
     for name in list_models():
         entry = model_entry(name)
-        with torch.device("meta"):
-            model = create_model(name)
-            counted = multiply_adds(model, torch.empty(1, 3, entry.size, entry.size))
         told[name] = {
             "about": entry.about,
             "family": entry.family,
             "scheme": entry.scheme,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "multiply_adds": counted,
+            **counts()[name],
             "size": entry.size,
-            "strides": [info["reduction"] for info in model.feature_info] if isinstance(model, Network) else [],
+            "train_size": entry.train_size,
             "published_top1": entry.published,
             "source": entry.source,
         }

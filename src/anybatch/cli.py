@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -490,8 +489,7 @@ def list_(
     chosen = [
         name for name, on in (("models", models), ("schemes", schemes), ("recipes", recipes), ("data", data)) if on
     ]
-    with err.status("counting") if err.is_terminal else contextlib.nullcontext():
-        tables = catalogue.tables(chosen or ["schemes", "models", "recipes", "data"])
+    tables = catalogue.tables(chosen or ["schemes", "models", "recipes", "data"])
     if as_json:
         _print_json(tables)
         return

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.methods.activation_gain import ScaledActivation, activation_gain, nonlinearity
+from anybatch.methods.activation_gain import ScaledActivation, activation_gain
 from anybatch.methods.parameters import classifier
 from anybatch.methods.residual import Join
 from anybatch.methods.scaled_weight_standardization import EpsRule, sws
@@ -79,25 +78,20 @@ class NormalizerFreeRule:
     block whose skip is a projection takes what its branch takes, so that it has variance 1 again: there v is set to 1.
     Then the branch adds: ``v + alpha²``.
 
-    Post-activated blocks are our own case; the sources have none. Each block ends in the activation g of the
-    sum, through which the skip connection passes again and again. With the gain gamma of the paper there, it would grow
-    by gamma in each block, so only activations behind a stem or a projection, where the sum is normal, have it: there x
-    is ``gamma * g(s)``, s normal of variance ``1 + alpha²`` (1 behind the stem). From block to block it then is
-    ``g(x + alpha * z)``, z standard normal: for ReLU a random walk that is reflected at 0. Its variance does not grow
-    by alpha²: half of x starts at 0, whence it can only rise, which makes x less varied before the steps add up. At
-    alpha 0.2, with 1 at the start, it is 0.97, 0.96 and 0.95 after one, two and three blocks, 0.96 after nine and 1.04
-    after 18, where ``v + alpha²`` would give 1.72. `Spread` computes this walk's variance for any g, and beta is its
-    root. The filters' zero mean removes the mean of x, which is the same in all channels.
+    Post-activated blocks are our own case; the sources have none. Each block ends in the activation g of the sum,
+    through which the skip connection passes again and again. With its gain there the signal would grow by the gain in
+    each block, so only activations behind a stem or a projection have it, where the sum is normal. From block to block
+    x then is ``g(x + alpha * z)``, z standard normal: for ReLU a random walk that is reflected at 0, whose variance
+    stays near 1 where ``v + alpha²`` would grow: for alpha 0.2 it is 0.97, 0.95, 0.96 and 1.04 after 1, 3, 9 and 18
+    blocks, where the nominal one would be 1.72. So beta is 1 there. The filters' zero mean removes the mean of x.
 
-    Both hold for gain 1, infinitely wide layers and independent inputs, and for padding as if it were none; at the
-    start, with gain 0, the variance in a stage stays as it begins. The published networks keep to the nominal variance
+    Both hold for gain 1, infinitely wide layers and independent inputs, and for padding as if it were none; at gain 0
+    the variance in a stage stays as it begins. The published networks start at gain 0 and keep to the nominal variance
     all the same, which their authors found to train more stably.
 
     Args:
         blocks: Number of residual blocks.
         alpha: Standard deviation of what a branch adds at gain 1.
-        act: The activation, by name.
-        act_gain: Its gain.
         skip_gain: Where each join's learnable number starts.
         drop_path: Rate of stochastic depth; block i of n, from 0, drops with probability ``drop_path * i / n``.
         scale_by_keep: As in `StochasticDepth`.
@@ -116,16 +110,12 @@ class NormalizerFreeRule:
         blocks: int,
         *,
         alpha: float = 0.2,
-        act: str = "relu",
-        act_gain: float | None = None,
-        skip_gain: float = 0.0,
+        skip_gain: float = 1.0,
         drop_path: float = 0.0,
         scale_by_keep: bool = False,
     ) -> None:
         self.blocks = blocks
         self.alpha = alpha
-        self.act = act
-        self.act_gain = activation_gain(act) if act_gain is None else act_gain
         self.skip_gain = skip_gain
         self.drop_path = drop_path
         self.scale_by_keep = scale_by_keep
@@ -133,7 +123,6 @@ class NormalizerFreeRule:
         """Expected of the next block's input."""
         self._made = 0
         self._last: NormalizerFreeJoin | None = None
-        self._spread: Spread | None = None
 
     def __call__(self, transition: bool) -> NormalizerFreeJoin:
         if self._made >= self.blocks:
@@ -153,67 +142,8 @@ class NormalizerFreeRule:
 
     def _count_last(self) -> None:
         """Bring the variance behind the last join, which knows by now what stands behind it."""
-        last = self._last
-        if last is None:
-            return
-        if not last.post_activated:
-            self.variance = (1.0 if last.transition else self.variance) + self.alpha**2
-            return
-        g = nonlinearity(self.act)
-        g = g.double().eval() if isinstance(g, nn.Module) else g
-        if last.transition:
-            self._spread = Spread.normal(lambda s: self.act_gain * g(s), math.sqrt(1 + self.alpha**2))
-        else:
-            before = self._spread or Spread.normal(lambda s: self.act_gain * g(s), 1.0)  # behind the stem
-            self._spread = before.step(g, self.alpha)
-        self.variance = self._spread.variance
-
-
-class Spread:
-    """How the values of a signal are distributed: a mass on each point of a grid.
-
-    Args:
-        mass: For each point of `POINTS`; the sum is 1.
-    """
-
-    SPACING = 1 / 32
-    POINTS = torch.arange(-8 * 32, 24 * 32 + 1, dtype=torch.float64) / 32  # exact in float64, 0 among them
-    # The middles of 64 slices of the normal distribution that are equally likely, at variance 1.
-    NORMAL = torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5) / 64)
-    NORMAL = NORMAL / NORMAL.square().mean().sqrt()
-
-    def __init__(self, mass: Tensor) -> None:
-        self.mass = mass
-
-    @classmethod
-    @torch.no_grad()
-    def normal(cls, g: Callable[[Tensor], Tensor], std: float) -> Spread:
-        """Of ``g(s)``, s normal with mean 0."""
-        slices = 4096
-        s = std * torch.special.ndtri((torch.arange(slices, dtype=torch.float64) + 0.5) / slices)
-        return cls(cls._deposit(g(s), torch.full_like(s, 1 / slices)))
-
-    @torch.no_grad()
-    def step(self, g: Callable[[Tensor], Tensor], alpha: float) -> Spread:
-        """Of ``g(x + alpha * z)``, z standard normal."""
-        values = g(self.POINTS[:, None] + alpha * self.NORMAL)
-        return Spread(
-            self._deposit(values.flatten(), (self.mass[:, None] / len(self.NORMAL)).expand_as(values).flatten())
-        )
-
-    @classmethod
-    def _deposit(cls, values: Tensor, mass: Tensor) -> Tensor:
-        """Masses at values between points are shared by both, so that their mean stays."""
-        place = ((values - cls.POINTS[0]) / cls.SPACING).clamp(0, len(cls.POINTS) - 1.001)
-        left = place.long()
-        share = place - left
-        on_grid = torch.zeros_like(cls.POINTS)
-        return on_grid.index_add(0, left, mass * (1 - share)).index_add(0, left + 1, mass * share)
-
-    @property
-    def variance(self) -> float:
-        mean = (self.mass * self.POINTS).sum()
-        return (self.mass * (self.POINTS - mean).square()).sum().item()
+        if self._last is not None and not self._last.post_activated:
+            self.variance = (1.0 if self._last.transition else self.variance) + self.alpha**2
 
 
 @torch.no_grad()
@@ -237,7 +167,7 @@ def nf(
     alpha: float = 0.2,
     act: str = "relu",
     *,
-    skip_gain: float = 0.0,
+    skip_gain: float = 1.0,
     drop_path: float = 0.0,
     scale_by_keep: bool = False,
     released: bool = False,
@@ -248,7 +178,9 @@ def nf(
     Args:
         alpha: Standard deviation of what a branch adds to the signal at skip gain 1.
         act: The activation, by name.
-        skip_gain: Where the learnable number of each branch starts; differentially private training starts it at 1.
+        skip_gain: Where the learnable number of each branch starts. The published networks start it at 0, and have it
+            in their own scheme; for short runs and small learning rates, in which AGC hardly lets a number leave 0,
+            and in differentially private training it starts at 1.
         drop_path: Rate of stochastic depth in the last block; it grows from 0 in the first.
         scale_by_keep: Whether stochastic depth divides by the probability to keep, as timm does and the release not.
         released: Whether gains of activations are the constants of DeepMind's release, to load its weights.
@@ -267,8 +199,6 @@ def nf(
         residual=partial(
             NormalizerFreeRule,
             alpha=alpha,
-            act=act,
-            act_gain=gain,
             skip_gain=skip_gain,
             drop_path=drop_path,
             scale_by_keep=scale_by_keep,
