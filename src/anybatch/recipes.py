@@ -13,7 +13,7 @@ def digits() -> Recipe:
     return Recipe(
         model=Model(name="resnet8", options={"width": 32, "zero_init_residual": True}),
         data=Data(name="digits", train_size=512),
-        optim=Optim(lr=0.5),
+        optim=Optim(lr=0.2),
         schedule=Schedule(epochs=10),
     )
 
