@@ -132,6 +132,15 @@ def test_pieces_of_each_dimension() -> None:
     assert (released.conv[1](4, 4, 3).eps, released.conv[1](4, 4, 3).eps_rule) == (1e-5, "add")
 
 
+def test_gains_in_the_filters_and_no_skip_gain_for_timms_weights() -> None:
+    model = anybatch.create_model("preact_resnet8", "nf(fold_gain=True,skip_gain=None)", num_classes=3)
+    assert {m.gamma for m in model.modules() if isinstance(m, ScaledWSConv2d)} == {anybatch.scheme("nf").act().gain}
+    assert {m.gain for m in model.modules() if isinstance(m, ScaledActivation)} == {1.0}
+    (join, *_) = joins(model)
+    torch.testing.assert_close(join(torch.ones(1), torch.ones(1)), torch.tensor([1.2]))
+    assert not list(join.parameters())
+
+
 def test_initialization() -> None:
     torch.manual_seed(0)
     model = anybatch.create_model("resnet20", "nf", num_classes=100, width=64)

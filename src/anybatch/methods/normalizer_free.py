@@ -25,7 +25,7 @@ class NormalizerFreeJoin(Join):
     Args:
         alpha: Standard deviation of what a branch adds at gain 1.
         beta: Expected standard deviation of the block's input.
-        gain: Where the learnable number starts.
+        gain: Where the learnable number starts; None for none, which is 1 for good.
         drop_path: Probability to leave the branch out for a sample in training.
         scale_by_keep: As in `StochasticDepth`.
         transition: Whether the block's skip connection is a projection.
@@ -40,7 +40,7 @@ class NormalizerFreeJoin(Join):
         alpha: float,
         beta: float,
         *,
-        gain: float = 0.0,
+        gain: float | None = 0.0,
         drop_path: float = 0.0,
         scale_by_keep: bool = False,
         transition: bool = False,
@@ -51,7 +51,7 @@ class NormalizerFreeJoin(Join):
         self.transition = transition
         self.post_activated = False
         # Without dimensions, so that a product under autocast keeps the branch's dtype.
-        self.gain = nn.Parameter(torch.tensor(float(gain)))
+        self.gain = None if gain is None else nn.Parameter(torch.tensor(float(gain)))
         self.drop = StochasticDepth(drop_path, scale_by_keep=scale_by_keep) if drop_path else None
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class NormalizerFreeJoin(Join):
     def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
         if self.drop is not None:
             branch = self.drop(branch)
-        return skip + (self.alpha * self.gain) * branch
+        return skip + (self.alpha if self.gain is None else self.alpha * self.gain) * branch
 
     def activation(self, act: nn.Module) -> nn.Module:
         """The activation, with its gain only behind a projection: other skips have passed a gained one already."""
@@ -110,7 +110,7 @@ class NormalizerFreeRule:
         blocks: int,
         *,
         alpha: float = 0.2,
-        skip_gain: float = 1.0,
+        skip_gain: float | None = 1.0,
         drop_path: float = 0.0,
         scale_by_keep: bool = False,
     ) -> None:
@@ -167,10 +167,11 @@ def nf(
     alpha: float = 0.2,
     act: str = "relu",
     *,
-    skip_gain: float = 1.0,
+    skip_gain: float | None = 1.0,
     drop_path: float = 0.0,
     scale_by_keep: bool = False,
     released: bool = False,
+    fold_gain: bool = False,
     eps_rule: EpsRule = "max",
 ) -> Scheme:
     """Networks without normalization: Scaled WS, activations times their gain, branches scaled by alpha and beta.
@@ -180,22 +181,26 @@ def nf(
         act: The activation, by name.
         skip_gain: Where the learnable number of each branch starts. The published networks start it at 0, and have it
             in their own scheme; for short runs and small learning rates, in which AGC hardly lets a number leave 0,
-            and in differentially private training it starts at 1.
+            and in differentially private training it starts at 1. None for no such number, as in most of timm's.
         drop_path: Rate of stochastic depth in the last block; it grows from 0 in the first.
         scale_by_keep: Whether stochastic depth divides by the probability to keep, as timm does and the release not.
         released: Whether gains of activations are the constants of DeepMind's release, to load its weights.
+        fold_gain: Whether the gain multiplies every filter, the stem's too, in place of the activations, to load timm's
+            weights of all but the ``dm_nfnet`` networks.
         eps_rule: Of Scaled WS: ``"add"`` (with its eps 1e-5) to load timm's weights.
     """
     check_number("alpha", alpha)
-    check_number("skip_gain", skip_gain)
+    if skip_gain is not None:
+        check_number("skip_gain", skip_gain)
     check_probability("drop_path", drop_path)
     check_flag("scale_by_keep", scale_by_keep)
     check_flag("released", released)
+    check_flag("fold_gain", fold_gain)
     gain = activation_gain(act, released=released)
     return Scheme(
         name="nf",
-        conv=sws(eps=1e-5 if eps_rule == "add" else 1e-4, eps_rule=eps_rule).conv,
-        act=partial(ScaledActivation, act, gain=gain),
+        conv=sws(gamma=gain if fold_gain else 1.0, eps=1e-5 if eps_rule == "add" else 1e-4, eps_rule=eps_rule).conv,
+        act=partial(ScaledActivation, act, gain=1.0 if fold_gain else gain),
         residual=partial(
             NormalizerFreeRule,
             alpha=alpha,

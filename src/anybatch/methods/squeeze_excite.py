@@ -22,6 +22,7 @@ class SqueezeExcite(nn.Module):
         ratio: Hidden channels for each of C; there are ``max(1, int(C * ratio))``. 0.5 in NFNets and NF-RegNets, 0.25
             in NF-ResNets.
         gain: The factor.
+        hidden: Hidden channels in place of ``ratio``.
         act: Makes the activation between the linear layers.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -49,6 +50,7 @@ class SqueezeExcite(nn.Module):
         ratio: float = 0.5,
         *,
         gain: float = 2.0,
+        hidden: int | None = None,
         act: Callable[[], nn.Module] = nn.ReLU,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,7 +63,7 @@ class SqueezeExcite(nn.Module):
         self.num_channels = num_channels
         self.ratio = ratio
         self.gain = gain
-        hidden = max(1, int(num_channels * ratio))
+        hidden = max(1, int(num_channels * ratio)) if hidden is None else hidden
         self.fc1 = nn.Linear(num_channels, hidden, device=device, dtype=dtype)
         self.act = act()
         self.fc2 = nn.Linear(hidden, num_channels, device=device, dtype=dtype)

@@ -76,6 +76,14 @@ class Shortcut(nn.Module):
         return self.conv(x if self.pool_gain == 1 else self.pool_gain * x)
 
 
+def _rounded(value: float, step: int) -> int:
+    """The nearest multiple of ``step`` that is not more than a tenth below the value, as timm rounds; cut off for 1."""
+    if step == 1:
+        return int(value)
+    nearest = max(step, int(value + step / 2) // step * step)
+    return nearest + step if nearest < 0.9 * value else nearest
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """What the blocks of a family share."""
@@ -90,6 +98,13 @@ class BlockShape:
     pooled: bool = True
     pool_gain: float = 1.0
     padding: Padding = "same"
+    round_to: int = 1
+    """Widths are rounded to multiples of it, as timm's are to 8."""
+
+    def squeeze_excite(self, where: str, channels: int) -> nn.Module:
+        if self.squeeze != where:
+            return nn.Identity()
+        return SqueezeExcite(channels, hidden=max(1, _rounded(channels * self.squeeze_ratio, self.round_to)))
 
 
 class NFBlock(nn.Module):
@@ -127,10 +142,10 @@ class NFBlock(nn.Module):
         self.conv2 = pieces.conv(middle, middle, 3, stride, groups=groups, padding=padding)
         self.norm2b, self.act2b = pieces.norm_act(middle) if shape.second else (nn.Identity(), nn.Identity())
         self.conv2b = pieces.conv(middle, middle, 3, groups=groups) if shape.second else nn.Identity()
-        self.attn = SqueezeExcite(middle, shape.squeeze_ratio) if shape.squeeze == "middle" else nn.Identity()
+        self.attn = shape.squeeze_excite("middle", middle)
         self.norm3, self.act3 = pieces.norm_act(middle)
         self.conv3 = pieces.conv(middle, out_channels, 1)
-        self.attn_last = SqueezeExcite(out_channels, shape.squeeze_ratio) if shape.squeeze == "last" else nn.Identity()
+        self.attn_last = shape.squeeze_excite("last", out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         # The published order: beta divides what the activation gives, which for GELU is not the same as before it.
@@ -243,7 +258,7 @@ class NormalizerFreeNet(Network):
             stage = nn.Sequential()
             for j in range(depth):
                 of = width if not expand else channels
-                middle = int(of * (1 if expand and i == j == 0 else ratio))
+                middle = _rounded(of * (1 if expand and i == j == 0 else ratio), shape.round_to)
                 stage.append(NFBlock(pieces, channels, width, middle, stride if j == 0 else 1, shape))
                 channels = width
             self.stages.append(stage)
@@ -253,20 +268,12 @@ class NormalizerFreeNet(Network):
         self.levels = tuple(levels)
         self.final_conv = pieces.conv(channels, final_channels, 1) if final_channels else nn.Identity()
         channels = final_channels or channels
-        self.final_norm, self.final_act = pieces.norm_act(channels)
+        self.final_norm, self.final_act = pieces.final_norm_act(channels)
         self.tail = ("final_conv", "final_norm", "final_act")
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.head = Head()
         self._add_classifier(channels, num_classes, drop_rate)
         pieces.init(self)
-
-
-def _rounded(value: float, step: int) -> int:
-    """The nearest multiple of ``step`` that is not more than a tenth below the value, as timm rounds; cut off for 1."""
-    if step == 1:
-        return int(value)
-    nearest = max(step, int(value + step / 2) // step * step)
-    return nearest + step if nearest < 0.9 * value else nearest
 
 
 NFNET = BlockShape(group_width=128, second=True, squeeze="last")
@@ -369,7 +376,7 @@ def _nf_regnet(level: int, widths: Sequence[int], depths: Sequence[int], train: 
         round_to: int = 1,
     ) -> Network:
         scaled = [_rounded(0.75 * width, round_to) for width in widths]
-        final = _rounded(1280 * scaled[-1] // 440, round_to)
+        final = 1280 * scaled[-1] // 440 if round_to == 1 else _rounded(0.75 * (1280 * widths[-1] // 440), round_to)
         return NormalizerFreeNet(
             scheme,
             stem="3x3",
@@ -378,7 +385,7 @@ def _nf_regnet(level: int, widths: Sequence[int], depths: Sequence[int], train: 
             depths=depths,
             strides=(2, 2, 2, 2),
             ratio=2.25,
-            shape=replace(NF_REGNET, padding=padding, pool_gain=pool_gain),
+            shape=replace(NF_REGNET, padding=padding, pool_gain=pool_gain, round_to=round_to),
             expand=True,
             final_channels=final,
             num_classes=num_classes,

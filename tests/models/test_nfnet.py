@@ -1,0 +1,214 @@
+"""Networks without normalization: published counts, timm's logits from timm's weights, padding, order of operations."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import anybatch
+from anybatch.methods.normalizer_free import NormalizerFreeJoin
+from anybatch.models.blocks import Pieces
+from anybatch.models.counts import counts
+from anybatch.models.nfnet import BlockShape, NFBlock, SamePad, Shortcut
+from models.checks import assert_a_step_reaches_every_parameter, assert_survives_wrapping
+
+TIMM = "released=True,eps_rule=add"
+FOLDED = f"{TIMM},fold_gain=True,skip_gain=None"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "giga"),
+    [
+        ("nfnet_f0", 71_489_284, 12.38),
+        ("nfnet_f1", 132_634_256, 35.54),
+        ("nfnet_f2", 193_779_228, 62.59),
+        ("nfnet_f3", 254_924_200, 114.76),
+        ("nfnet_f4", 316_069_172, 215.24),
+        ("nfnet_f5", 377_214_144, 289.76),
+        ("nfnet_f6", 438_359_116, 377.28),
+        ("nfnet_f7", 499_504_088, 478.78),
+        ("nf_resnet50", 25_557_048, 4.09),
+        ("nf_resnet101", 44_549_193, None),
+        ("nf_resnet152", 60_192_858, None),
+        ("nf_resnet200", 64_673_898, None),
+        ("nf_resnet288", 146_460_552, None),
+    ],
+)
+def test_counts_of_the_publication_and_its_release(name: str, parameters: int, giga: float | None) -> None:
+    assert counts()[name]["parameters"] == parameters
+    if giga is not None:
+        assert counts()[name]["multiply_adds"] / 1e9 == pytest.approx(giga, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "mega", "giga"),
+    [
+        ("nf_regnet_b0", 8.60, 0.444),
+        ("nf_regnet_b1", 10.02, 0.734),
+        ("nf_regnet_b2", 13.79, None),  # at 272 and 456 pixels the last maps have half a position, which the
+        ("nf_regnet_b3", 18.14, 2.00),  # reference counts of multiply-adds leave out
+        ("nf_regnet_b4", 29.32, 4.47),
+        ("nf_regnet_b5", 48.71, None),
+        ("nfnet_f3_plus", 423.4, None),
+        ("nfnet_f4_plus", 525.0, 333.4),
+        ("nfnet_f7_plus", 829.6, None),
+    ],
+)
+def test_counts_that_are_known_rounded(name: str, mega: float, giga: float | None) -> None:
+    assert counts()[name]["parameters"] / 1e6 == pytest.approx(mega, abs=0.05 if mega > 100 else 0.005)
+    if giga is not None:
+        assert counts()[name]["multiply_adds"] / 1e9 == pytest.approx(giga, abs=0.05 if giga > 100 else 0.005)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """With gains, biases and skip gains that show where one is missing: at 1, 0 and 0 they hide it."""
+    for name, p in model.named_parameters():
+        if p.dim() == 0:
+            nn.init.uniform_(p, 0.5, 1.5)
+        elif name.endswith("gain"):
+            nn.init.normal_(p, 1, 0.1)
+        elif name.endswith("bias"):
+            nn.init.normal_(p, 0, 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "scheme", "options"),
+    [
+        ("dm_nfnet_f0", "nfnet_f0", f"nf(act=gelu,{TIMM})", {}),
+        ("nf_resnet50", "nf_resnet50", f"nf({FOLDED})", {"padding": "symmetric", "pooled": True}),
+        ("nf_regnet_b1", "nf_regnet_b1", f"nf(act=silu,{FOLDED})", {"padding": "symmetric", "round_to": 8}),
+    ],
+    ids=["dm_nfnet_f0", "nf_resnet50", "nf_regnet_b1"],
+)
+def test_timms_weights_give_timms_logits(theirs: str, ours: str, scheme: str, options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    expected = randomized(timm.create_model(theirs, num_classes=10))
+    model = anybatch.create_model(ours, scheme, num_classes=10, **options).eval()
+    weights = {key.replace("skipinit_gain", "join.gain"): value for key, value in expected.state_dict().items()}
+    model.load_state_dict(weights, strict=True)
+    for size in (64, 72):  # an odd map in the third stage shows padding at the edges
+        x = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            wanted = expected(x)
+            assert (model(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_the_publications_gelu_and_eps_differ_from_timms_by_a_percent_or_two() -> None:
+    torch.manual_seed(0)
+    timms = randomized(anybatch.create_model("nfnet_f0", f"nf(act=gelu,{TIMM})", num_classes=10))
+    published = anybatch.create_model("nfnet_f0", num_classes=10).eval()
+    published.load_state_dict(timms.state_dict(), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = timms(x)
+        assert 1e-3 < (published(x) - wanted).abs().max() / wanted.abs().max() < 5e-2
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 2), (7, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("size", [4, 5, 8, 9])
+def test_padding_as_tensorflows(kernel_size: int, stride: int, size: int) -> None:
+    padded = SamePad(kernel_size, stride, value=7.0)(torch.zeros(1, 1, size, size))
+    positions = (padded.shape[-1] - kernel_size) // stride + 1
+    assert positions == -(-size // stride)
+    rows = padded[0, 0, :, padded.shape[-1] // 2] == 7
+    before, behind = rows[: len(rows) // 2].sum().item(), rows[len(rows) // 2 :].sum().item()
+    assert behind - before in (0, 1)
+    needed = max((positions - 1) * stride + kernel_size - size, 0)
+    assert before + behind == needed
+
+
+def test_a_block_by_the_published_order_of_operations() -> None:
+    torch.manual_seed(0)
+    shape = BlockShape(group_width=4, second=True, squeeze="last")
+    pieces = Pieces(anybatch.scheme("nf(act=gelu_tanh)"), blocks=3)
+    pieces.join(transition=True)
+    pieces.join()  # so that beta is not 1
+    block = NFBlock(pieces, 8, 16, 9, 2, shape).double()
+    block.join.gain.data.fill_(0.7)
+    assert block.join.beta == pytest.approx((1 + 2 * 0.04) ** 0.5)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+
+    def act(h: Tensor) -> Tensor:
+        return block.act1.gain * F.gelu(h, approximate="tanh")
+
+    a = act(x) / block.join.beta
+    skip = block.downsample.conv(F.avg_pool2d(a, 2))
+    h = block.conv1(a)
+    h = F.conv2d(F.pad(act(h), (0, 1, 0, 1)), block.conv2.standardized(), block.conv2.bias, 2, groups=2)
+    h = block.conv3(act(block.conv2b(act(h))))
+    gate = torch.sigmoid(block.attn_last.fc2(block.attn_last.fc1(h.mean((2, 3))).relu()))
+    h = 2 * gate[:, :, None, None] * h
+    torch.testing.assert_close(block(x), skip + 0.2 * 0.7 * h)
+    assert block.conv2.weight.shape == (8, 4, 3, 3)  # 9 rounded down to two groups of 4
+
+
+def test_a_pooled_shortcut_keeps_the_variance_of_uncorrelated_pixels_with_a_gain_of_2() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 64, 16, 16)
+    for gain, variance in ((1.0, 0.25), (2.0, 1.0)):
+        shortcut = Shortcut(Pieces(anybatch.scheme("nf")), 64, 256, 2, pooled=True, pool_gain=gain)
+        assert shortcut(x).var().item() == pytest.approx(variance, rel=0.1)
+
+
+def test_signals_follow_the_bookkeeping_in_nf_resnet50() -> None:
+    torch.manual_seed(0)
+    model = anybatch.create_model("nf_resnet50", "nf(skip_gain=1)").eval()
+    ratios: list[float] = []
+
+    def hook(block: NFBlock, args: tuple[Tensor, ...], y: Tensor) -> None:
+        join = block.join
+        assert isinstance(join, NormalizerFreeJoin)
+        expected = (1.0 if join.transition else join.beta**2) + join.alpha**2
+        ratios.append(y.var((0, 2, 3), correction=0).mean().item() / expected)
+
+    for block in model.modules():
+        if isinstance(block, NFBlock):
+            block.register_forward_hook(hook)
+    with torch.no_grad():
+        model(torch.randn(4, 3, 128, 128))
+    assert len(ratios) == 16
+    assert all(0.85 < ratio < 1.15 for ratio in ratios), ratios
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", "nf_resnet26", "nf_regnet_b0"])
+def test_a_step_at_batch_1_reaches_every_parameter(name: str) -> None:
+    torch.manual_seed(0)
+    scheme = {"nfnet_f0": "nf(act=gelu_tanh)", "nf_resnet26": "nf", "nf_regnet_b0": "nf(act=silu)"}[name]
+    model = anybatch.create_model(name, scheme, num_classes=3)
+    assert_a_step_reaches_every_parameter(model, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_exports_and_keeps_channels_last() -> None:
+    model = anybatch.create_model("nf_regnet_b0", "nf(act=silu)", num_classes=3)
+    assert_survives_wrapping(model, torch.randn(2, 3, 48, 48))
+
+
+@pytest.mark.parametrize("scheme", ["bn", "ws+gn:auto", "evos0:auto"])
+def test_the_same_network_with_norms(scheme: str) -> None:
+    model = anybatch.create_model("nf_resnet26", scheme, num_classes=3)
+    y = model(torch.randn(2, 3, 64, 64))
+    assert y.shape == (2, 3)
+    y.sum().backward()
+    names = {name for name, p in model.named_parameters() if "gain" in name}
+    assert not names
+
+
+def test_features_of_the_levels() -> None:
+    model = anybatch.create_model("nf_regnet_b0", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    maps = model.forward_intermediates(x)
+    assert [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16, 32]
+    assert [tuple(y.shape[1:]) for y in maps] == [
+        (info["num_chs"], 64 // info["reduction"], 64 // info["reduction"]) for info in model.feature_info
+    ]
+    assert model.forward_features(x).shape == (1, 960, 2, 2)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="padding must be 'same' or 'symmetric', got 'smae'"):
+        anybatch.create_model("nf_resnet26", padding="smae")
