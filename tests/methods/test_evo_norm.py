@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import anybatch
 from anybatch.functional import batch_variance, evo_norm_b0, evo_norm_s0
@@ -71,6 +74,14 @@ def test_b0_averages_the_biased_variance_it_normalizes_with() -> None:
     torch.testing.assert_close(layer.running_var, 0.75 + 0.25 * var)
     layer.reset_parameters()
     torch.testing.assert_close(layer.running_var, torch.ones(4, dtype=torch.float64))
+
+
+def test_b0_lets_a_batch_in_once_under_checkpointing() -> None:
+    layer, x = EvoNormB0(4).double(), torch.randn(3, 4, 5, 7, dtype=torch.float64, requires_grad=True)
+    again = copy.deepcopy(layer)
+    layer(x).sum().backward()
+    checkpoint(again, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(again.running_var, layer.running_var, rtol=0, atol=0)
 
 
 def test_b0_passes_gradients_through_the_statistic_of_the_batch() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.dispatch import op
+from anybatch.methods.batch_norm import recomputing
 from anybatch.methods.common import ChannelNorm, check_has_channels, per_channel, scaled_and_shifted, widened
 from anybatch.methods.group_norm import Groups, check_groups, resolve_groups
 from anybatch.scheme import Scheme, check_flag, check_number
@@ -265,10 +266,11 @@ class EvoNormB0(ChannelNorm):
         var = self.running_var
         if self.training:
             var = batch_variance(x)
-            with torch.no_grad():
-                values = x.numel() // self.num_channels
-                new = var * (values / (values - 1)) if self.unbiased else var
-                self.running_var.lerp_(new.to(self.running_var.dtype), self.momentum)
+            if not recomputing():
+                with torch.no_grad():
+                    values = x.numel() // self.num_channels
+                    new = var * (values / (values - 1)) if self.unbiased else var
+                    self.running_var.lerp_(new.to(self.running_var.dtype), self.momentum)
         return evo_norm_b0(x, var, self.v, self.weight, self.bias, eps=self.eps)
 
     def extra_repr(self) -> str:
