@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import driver, train
-from anybatch.optim import SAM, adaptive_clip_grad_, make_optimizer
+from anybatch.optim import AGC, SAM, adaptive_clip_grad_, attach_agc, make_optimizer
 from anybatch.recipe import Recipe
 from test_train import tiny
 
@@ -151,6 +151,26 @@ def test_refusals() -> None:
 
 
 # In recipes.
+
+
+def test_clipping_belongs_inside() -> None:
+    model = torch.nn.Linear(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for clip in (AGC, attach_agc):
+        with pytest.raises(ValueError, match=r"around SAM .* clip inside of it: SAM\(AGC\(optimizer, model\)\)"):
+            clip(SAM(sgd), model, exclude="none")
+    optimizer = SAM(AGC(sgd, model, 1e-3, exclude="none"))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    before = model.weight.detach().clone()
+    optimizer.step(closure)
+    # By the learning rate times the threshold, which follows the weights at the worst place.
+    assert (model.weight - before).norm(dim=1).tolist() == pytest.approx((1e-4 * before.norm(dim=1)).tolist(), rel=0.1)
 
 
 def test_a_recipe_asks_for_it() -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from anybatch.methods.optimizer_around import OptimizerAround
 from anybatch.methods.parameters import Place, bare, classifier, is_vector, matched, places
+from anybatch.methods.sam import SAM
 from anybatch.scheme import Scheme
 from anybatch.suggest import unknown
 
@@ -261,7 +262,12 @@ class _Clipper:
         return _clip(units, self.clip_factor, self.eps, scale)
 
     def check_holds(self, optimizer: Optimizer) -> None:
-        """Raise a `ValueError` if the optimizer steps none of the parameters."""
+        """Raise a `ValueError` if the optimizer steps none of the parameters, or is one to clip inside of."""
+        if isinstance(optimizer, SAM):
+            raise ValueError(
+                "around SAM the gradient by which it seeks the worst place would be clipped too; clip inside of it: "
+                "SAM(AGC(optimizer, model))"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(place.parameter) in held for place in self.places):
             raise ValueError(
@@ -404,8 +410,8 @@ def attach_agc(
         A handle: `AttachedAGC.remove`, `AttachedAGC.last`.
 
     Raises:
-        ValueError: If a name means nothing in the model, the classifier cannot be found, or the optimizer holds none of
-            the parameters; in a step, as `adaptive_clip_grad_` does.
+        ValueError: If a name means nothing in the model, the classifier cannot be found, the optimizer holds none of
+            the parameters or is `SAM`, inside of which clipping belongs; in a step, as `adaptive_clip_grad_` does.
 
     Source:
         Brock et al. 2021, arXiv:2102.06171, sections 4.1 and 5.1.
