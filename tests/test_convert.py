@@ -280,6 +280,12 @@ def test_a_compiled_model_takes_part() -> None:
     torch.testing.assert_close(model.state_dict(), other.state_dict())
 
 
+def test_names_are_those_of_the_model_inside_data_parallelism_and_compilation() -> None:
+    model, batches = network(), batches_of([3])
+    wrapped = nn.DataParallel(torch.compile(model, backend="eager"))  # pyright: ignore[reportArgumentType]
+    assert precise_batchnorm(wrapped, batches) == precise_batchnorm(model, batches)
+
+
 def test_loaders_and_how_much_of_them() -> None:
     batches, told = batches_of([2] * 6), []
     labelled = [(x, torch.zeros(len(x))) for x in batches]

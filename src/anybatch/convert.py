@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anybatch.methods.batch_norm import channel_moments
+from anybatch.methods.parameters import bare
 
 
 class _Frozen(nn.Module):
@@ -172,7 +173,7 @@ def precise_batchnorm(
         raise ValueError(f"estimator={estimator!r} is neither 'pooled' nor 'mean'")
     if batches is not None and batches < 1:
         raise ValueError(f"batches={batches!r} is not 1 or more; None takes all")
-    model = getattr(model, "_orig_mod", model)  # a compiled model runs no hooks that come later
+    model = bare(model)  # a compiled model runs no hooks that come later
     layers = {
         name: layer
         for name, layer in model.named_modules()
