@@ -175,6 +175,16 @@ def test_compiles_to_one_graph_with_the_same_result(case: OpCase, layout: str) -
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
+def test_compiles_to_one_graph_in_half_precision(case: OpCase) -> None:
+    args = case.arguments(torch.bfloat16)
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    eager = forward_and_gradients(case, args, case.op, torch.bfloat16)
+    for what, value in forward_and_gradients(case, args, compiled, torch.bfloat16).items():
+        torch.testing.assert_close(value, eager[what], msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
 def test_compiled_code_follows_the_choice_of_backend(case: OpCase) -> None:
     args = case.arguments(torch.float32)
     compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")

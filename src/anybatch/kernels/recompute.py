@@ -53,15 +53,22 @@ def _refusal_where_linear(x: Tensor, *others: Any, **options: Any) -> str | None
     return _refusal(x)
 
 
-def attach(op: Op, *, linear: bool = False) -> None:
+def _refusal_where_compiled(x: Tensor, *_: Any, **__: Any) -> str | None:
+    # Torch 2.15 cannot trace `torch.func.vjp` of what asks for strides.
+    return "torch.compile chooses what it keeps" if torch.compiler.is_compiling() else _refusal(x)
+
+
+def attach(op: Op, *, linear: bool = False, asks_for_strides: bool = False) -> None:
     """Give an op whose first argument is its activations the kernel ``"recompute"``.
 
     Args:
         op: The op.
         linear: Whether it is linear in its activations.
+        asks_for_strides: Whether the reference does. Compiled code then runs the reference itself.
     """
+    refusal = _refusal_where_linear if linear else _refusal_where_compiled if asks_for_strides else _refusal
 
-    @op.kernel("recompute", refusal=_refusal_where_linear if linear else _refusal)
+    @op.kernel("recompute", refusal=refusal)
     def recompute(*args: Any, **options: Any) -> Tensor:
         names = tuple(options)
 
