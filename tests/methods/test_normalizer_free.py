@@ -66,6 +66,15 @@ def test_post_activated_blocks_keep_variance_1() -> None:
     assert [nominal(False).beta ** 2 for _ in range(19)][-1] == pytest.approx(1.72)
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu", "tanh"])
+def test_activations_that_shrink_the_skip_are_refused_behind_blocks(act: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"behind a residual block would shrink .*; take act=relu, or"
+    ):
+        anybatch.create_model("resnet8", f"nf(act={act})")
+    anybatch.create_model("preact_resnet8", f"nf(act={act})")
+
+
 CASES = [
     ("preact_resnet50", {}, 128, 8),
     ("preact_resnet20", {}, 32, 16),

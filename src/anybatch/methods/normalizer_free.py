@@ -63,7 +63,17 @@ class NormalizerFreeJoin(Join):
         return skip + (self.alpha if self.gain is None else self.alpha * self.gain) * branch
 
     def activation(self, act: nn.Module) -> nn.Module:
-        """The activation, with its gain only behind a projection: other skips have passed a gained one already."""
+        """The activation, with its gain only behind a projection: other skips have passed a gained one already.
+
+        Raises:
+            ValueError: If it is not ReLU, the only one that changes nothing where the skip has passed it already.
+        """
+        plain = act.act if isinstance(act, ScaledActivation) else act
+        if not isinstance(plain, nn.ReLU):
+            raise ValueError(
+                f"{type(plain).__name__} behind a residual block would shrink the skip connection again and again; "
+                f"take act=relu, or a network of pre-activated blocks such as preact_resnet50"
+            )
         self.post_activated = True
         return act.act if isinstance(act, ScaledActivation) and not self.transition else act  # pyright: ignore[reportReturnType]
 
@@ -84,8 +94,8 @@ class NormalizerFreeRule:
     x then is ``g(x + alpha * z)``, z standard normal: for ReLU a random walk that is reflected at 0, whose variance
     stays near 1 where ``v + alpha²`` would grow: for alpha 0.2 it is 0.97, 0.95, 0.96 and 1.04 after 1, 3, 9 and 18
     blocks, where the nominal one would be 1.72. So beta is 1 there. The filters' zero mean removes the mean of x.
-    Activations that shrink what passes them let the signal fall, beta 1 or not: behind 9 blocks its variance is 0.82
-    for GELU, 0.28 for SiLU, 0.16 for tanh. With these take a network of pre-activated blocks.
+    Activations that shrink what passes them would let the signal fall, beta 1 or not (behind 9 blocks its variance is
+    0.82 for GELU, 0.28 for SiLU, 0.16 for tanh), and are refused there.
 
     Both hold for gain 1, infinitely wide layers and independent inputs, and for padding as if it were none; at gain 0
     the variance in a stage stays as it begins. The published networks start at gain 0 and keep to the nominal variance
