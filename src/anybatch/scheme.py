@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 # A slot that differs between 1d, 2d and 3d data holds the three classes in that order.
@@ -15,9 +16,17 @@ SLOTS = ("conv", "norm", "act", "norm_act", "residual", "init", "clip")
 
 
 def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
-    """Raise a `ValueError` unless an option is a number of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= at_most:
-        raise ValueError(f"{name}={value!r} is not a number from 0 to {at_most:g}")
+    """Raise a `ValueError` unless an option is a finite number of 0 or more."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= at_most or value == math.inf:
+        most = "below inf" if at_most == math.inf else f"{at_most:g}"
+        raise ValueError(f"{name}={value!r} is not a number from 0 to {most}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise a `ValueError` unless an option is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> ValueError:
@@ -15,8 +15,19 @@ def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> Va
     unknown model 'resnext50'; did you mean resnext50_32x4d or resnet50? Known: resnet50, resnext50_32x4d
     """
     names = sorted(known)
-    begun = [name for name in names if got and name.startswith(got.lower())]
-    near = list(dict.fromkeys(begun + difflib.get_close_matches(got.lower(), names, n=3, cutoff=0.5)))[:3]
+    text = str(got).lower()  # a scheme's option may be a number
+    begun = [name for name in names if text and name.startswith(text)]
+    near = list(dict.fromkeys(begun + difflib.get_close_matches(text, names, n=3, cutoff=0.5)))[:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else ";"
     shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
-    return ValueError(f"unknown {what} {got!r}{where}{hint} Known: {', '.join(shown)}")
+    return ValueError(f"unknown {what} {got!r}{where}{hint} Known: {', '.join(shown) or 'none'}")
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in a line: at most so many, and how many more there are.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

@@ -126,7 +126,7 @@ def layer_case(
 ) -> LayerCase:
     def make(**more: Any) -> nn.Module:
         torch.manual_seed(3)
-        layer = kind(*args, **kwargs, **more).train(batch_independent)
+        layer = kind(*args, **{**kwargs, **more}).train(batch_independent)
         for p in layer.parameters():  # away from 0 and 1, which would hide a missing scale or shift
             if p.dim() <= 1 and not p.is_meta:
                 nn.init.normal_(p, 1.0)

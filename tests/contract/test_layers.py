@@ -14,6 +14,12 @@ from contract.cases import HALVES, LAYERS, last_format
 from contract.kinds import LayerCase
 from helpers import assert_error_within, error
 
+WITH_EPS = [
+    case
+    for case in LAYERS
+    for kind in [type(case.make())]
+    if case.name.startswith(kind.__name__) and "eps" in inspect.signature(kind).parameters
+]
 MAPS = [case for case in LAYERS if len(case.shape) in (4, 5)]
 
 
@@ -61,6 +67,30 @@ def test_device_and_dtype_reach_the_parameters(case: LayerCase) -> None:
         ("meta", torch.float64)
     }
     assert {p.dtype for p in case.make(dtype=torch.float16).parameters()} <= {torch.float16}
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_the_meta_device_gives_the_shape(case: LayerCase) -> None:
+    x = case.input()
+    assert case.make(device="meta")(x.to("meta")).shape == case.make()(x).shape
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_an_empty_batch_leaves_the_state_as_it_was(case: LayerCase) -> None:
+    layer, x = case.make().train(), case.input()
+    layer(x)
+    before = copy.deepcopy(layer.state_dict())
+    assert layer(x[:0]).shape == layer.eval()(x)[:0].shape
+    for name, values in layer.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(values, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf"), "1e-5", True])
+@pytest.mark.parametrize("case", WITH_EPS, ids=str)
+def test_an_eps_that_is_no_number_of_0_or_more_is_refused(case: LayerCase, eps: float) -> None:
+    with pytest.raises(ValueError, match=f"eps={eps!r} is not a number from 0"):
+        case.make(eps=eps)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)

@@ -125,6 +125,15 @@ def test_channels_last_stays_channels_last(case: OpCase, dtype: torch.dtype, cho
     assert gradient.is_contiguous(memory_format=last_format(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=named)
+@pytest.mark.parametrize("case", FIRST_OF_EACH_OP, ids=str)
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_inputs_that_are_not_floating_point_are_refused(case: OpCase, dtype: torch.dtype, choice: str) -> None:
+    x, *others = case.arguments(torch.float32)
+    with backend(choice), pytest.raises(TypeError, match=f"must be floating point, got {dtype}"):
+        case.op(x.to(dtype), *others, **case.options)
+
+
 @pytest.mark.parametrize("case", OPS, ids=str)
 def test_arguments_are_left_as_they_were(case: OpCase) -> None:
     args = case.arguments(torch.float32)

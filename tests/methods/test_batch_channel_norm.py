@@ -294,6 +294,32 @@ def test_the_channel_part_normalizes_each_sample_over_its_groups() -> None:
     torch.testing.assert_close(y, group_norm(z, 3))
 
 
+@pytest.mark.parametrize("statistics", ["estimate", "batch"])
+@pytest.mark.parametrize("x", [torch.ones(2, 6, 1, 1), torch.ones(2, 6, 3, 3, dtype=torch.uint8)], ids=["1x1", "uint8"])
+def test_what_is_refused_does_not_enter_the_statistics(x: torch.Tensor, statistics: str) -> None:
+    layer = BatchChannelNorm2d(6, 6, statistics=statistics)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises((ValueError, TypeError), match=r"leaves one value in each group|must be floating point"):
+        layer(x)
+    for name, values in layer.state_dict().items():
+        torch.testing.assert_close(values, before[name], rtol=0, atol=0)
+
+
+def test_maps_without_positions_do_not_enter_the_estimates() -> None:
+    layer = BatchChannelNorm2d(6, 3)
+    layer.bn(torch.ones(2, 6, 0, 3))
+    assert layer.bn.running_var.eq(1).all()
+    assert layer.bn.num_batches_tracked == 0
+
+
+def test_parameters_and_estimates_are_reset_behind_the_meta_device() -> None:
+    layer = BatchChannelNorm2d(6, 3, device="meta").to_empty(device="cpu")
+    for module in layer.modules():
+        module.reset_parameters()
+    for name, values in BatchChannelNorm2d(6, 3).state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], values, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -170,6 +170,11 @@ def test_options_of_the_part_reach_the_layers() -> None:
     [
         (lambda: BatchRenorm2d(6, r_max=0.5), "r_max=0.5 is not a number of 1 or more"),
         (lambda: BatchRenorm2d(6, d_max=-1.0), "d_max=-1.0 is not a number from 0"),
+        (lambda: BatchRenorm2d(6, r_max=float("inf")), "r_max=inf is not a number of 1 or more"),
+        (lambda: anybatch.scheme("brn(r_max=x)"), "r_max='x' is not a number of 1 or more"),
+        (lambda: anybatch.scheme("brn(start=x)"), "start='x' and r_end=40000 are not batches in this order"),
+        (lambda: BatchRenorm2d(0), "num_features must be a whole number of 1 or more, got 0"),
+        (lambda: BatchRenorm2d(6, momentum=2), "momentum=2 is not a number from 0 to 1"),
         (lambda: BatchRenorm2d(6, start=10, d_end=5), "start=10 and d_end=5 are not batches in this order"),
         (lambda: anybatch.scheme("brn(start=-1)"), "start=-1 and r_end=40000 are not batches in this order"),
         (lambda: BatchRenorm2d(6)(torch.zeros(1, 6, 1, 1)), r"two values or more in each channel in training, got x"),

@@ -57,7 +57,7 @@ def test_refusals() -> None:
             call(torch.zeros(5))
     with pytest.raises(ValueError, match="DynamicTanh is made for 6 channels, got x of shape"):
         DynamicTanh(6)(torch.zeros(2, 5, 3, 3))
-    with pytest.raises(ValueError, match="alpha=-1 is not a number from 0 to inf"):
+    with pytest.raises(ValueError, match="alpha=-1 is not a number from 0 to below inf"):
         anybatch.scheme("dyt(alpha=-1)")
 
 

@@ -279,8 +279,10 @@ def test_refusals_of_the_layer() -> None:
         layers.KernelNorm2d(3, p=1.0)
     with pytest.raises(ValueError, match="eval_stats='sample' is neither 'clean' nor 'expected'"):
         layers.KernelNorm2d(3, eval_stats="sample")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="norm_groups must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="norm_groups must be a whole number of 1 or more, got 0"):
         layers.KernelNorm2d(3, norm_groups=0)
+    with pytest.raises(ValueError, match=r"padding=2\.5 is not a number of 0 or more"):
+        layers.KernelNorm2d(3, padding=2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="padding='same' needs stride 1"):
         layers.KernelNorm2d(3, stride=2, padding="same")
     with pytest.raises(ValueError, match=r"KernelNorm2d takes \(N, C, \*\) .* got shape \(2, 3\)"):

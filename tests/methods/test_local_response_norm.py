@@ -42,11 +42,14 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="size must be 1 or more, got 0"):
         local_response_norm(torch.zeros(2, 5, 3), 0)
     with pytest.raises(ValueError, match="size must be 1 or more, got -1"):
+        local_response_norm(torch.zeros(2, 5, 3), -1)
+    with pytest.raises(ValueError, match="size must be a whole number of 1 or more, got -1"):
         LocalResponseNorm(-1)
     for spec, message in [
-        ("lrn(size=0)", "size=0 is not a whole number above 0"),
-        ("lrn(size=2.5)", "size=2.5 is not a whole number above 0"),
-        ("lrn(alpha=-1)", "alpha=-1 is not a number from 0 to inf"),
+        ("lrn(size=0)", "size must be a whole number of 1 or more, got 0"),
+        ("lrn(size=2.5)", "size must be a whole number of 1 or more, got 2.5"),
+        ("lrn(alpha=-1)", "alpha=-1 is not a number from 0 to below inf"),
+        ("lrn(k=0)", "k=0 is not above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             anybatch.scheme(spec)

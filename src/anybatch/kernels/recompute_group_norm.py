@@ -16,7 +16,13 @@ def _refusal(
 ) -> str | None:
     if x.dtype.itemsize >= 4 and x.is_contiguous():
         return f"x is contiguous {x.dtype}, of which torch's kernel keeps no more"
-    if x.dim() < 2 or groups < 1 or x.shape[1] % groups or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1:
+    if (
+        not x.is_floating_point()
+        or x.dim() < 2
+        or groups < 1
+        or x.shape[1] % groups
+        or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1
+    ):
         return "the arguments are none that group_norm takes"
     return None
 

@@ -23,7 +23,13 @@ def _refusal(
         return f"x is {x.dtype}"
     if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
         return "weight or bias has another dtype than x"
-    if x.dim() < 2 or groups < 1 or x.shape[1] % groups or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1:
+    if (
+        not x.is_floating_point()
+        or x.dim() < 2
+        or groups < 1
+        or x.shape[1] % groups
+        or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1
+    ):
         return "the arguments are none that group_norm takes"
     return None
 

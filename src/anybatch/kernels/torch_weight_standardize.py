@@ -21,7 +21,7 @@ def _refusal(
         return "weight is not contiguous"
     if dim is not None:
         return "dim is given"
-    if weight.dim() < 2 or weight[0].numel() <= 1 or variant not in VARIANTS:
+    if not weight.is_floating_point() or weight.dim() < 2 or weight[0].numel() <= 1 or variant not in VARIANTS:
         return "the arguments are none that weight_standardize takes"
     rule = VARIANTS[variant]
     if (rule.correction, rule.place) != (0, "inside"):

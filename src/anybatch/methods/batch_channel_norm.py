@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anybatch.dispatch import op
 from anybatch.methods.batch_norm import SyncBatchNorm, recomputing, shared_moments, sharing
 from anybatch.methods.common import ChannelNorm, check_has_channels, per_channel, widened
-from anybatch.methods.group_norm import Groups, gn, group_norm, resolve_groups
+from anybatch.methods.group_norm import Groups, check_group_values, gn, group_norm, resolve_groups
 from anybatch.scheme import Scheme, check_number
 
 HALF_LIFE = 200
@@ -126,9 +126,15 @@ class EstimatedStatistics(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
 
     @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set scale, shift and statistics to the values they start at."""
+        for name, values in (*self.named_parameters(), *self.named_buffers()):
+            values.fill_(1 if name in ("weight", "running_var") else 0)
+
+    @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(C,) and (C,): the mean and the variance to normalize (N, C, *) by."""
-        if self.training and not recomputing() and (x.shape[0] or sharing()):
+        if self.training and not recomputing() and (x.numel() or sharing()):
             self._update(x)
         # Copies, since the next batch may come before this one's backward.
         return self.running_mean.clone(), self.running_var.clone()
@@ -192,6 +198,7 @@ class _BatchChannelNorm(ChannelNorm):
             self.bn = SyncBatchNorm(num_channels, eps, momentum, affine, device=device, dtype=dtype)
 
     def normalize(self, x: Tensor) -> Tensor:
+        check_group_values(x, self.num_groups)  # before the batch enters the statistics
         if isinstance(self.bn, EstimatedStatistics):
             batch = (*self.bn(x), self.bn.weight, self.bn.bias)
             return batch_channel_norm(x, self.num_groups, *batch, self.weight, self.bias, eps=self.eps)

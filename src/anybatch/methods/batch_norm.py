@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from anybatch.dispatch import op
 from anybatch.methods.common import ChannelNorm, check_has_channels, per_channel, widened
-from anybatch.scheme import Scheme, check_number
+from anybatch.scheme import Scheme, check_count, check_number
 
 
 @op
@@ -102,6 +102,11 @@ class FrozenBatchNorm(ChannelNorm):
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((num_channels,), value, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Set the buffers to the values they start at, with which it is the identity up to ``eps``."""
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.get_buffer(name).fill_(value)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
@@ -140,6 +145,14 @@ def shared_moments(x: Tensor, group: Any = None) -> tuple[Tensor, Tensor, Tensor
     mean = (counts * means).sum(0) / count
     squares = squares.sum(0) + (counts * (means - mean).square()).sum(0)
     return samples.sum(), count, mean, squares / count
+
+
+def check_norm(num_features: int, eps: float, momentum: float | None) -> None:
+    """Raise a `ValueError` unless these make a batch normalization."""
+    check_count("num_features", num_features)
+    check_number("eps", eps)
+    if momentum is not None:
+        check_number("momentum", momentum, at_most=1)
 
 
 def sharing(group: Any = None) -> bool:
@@ -244,6 +257,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_norm(num_features, eps, momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.process_group = process_group
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
-from anybatch.methods.batch_norm import channel_moments, recomputing, update_running_averages
+from anybatch.methods.batch_norm import channel_moments, check_norm, recomputing, update_running_averages
 from anybatch.methods.common import check_has_channels, per_channel, scaled_and_shifted, widened
 from anybatch.scheme import Scheme, check_number
 
@@ -122,6 +123,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_norm(num_features, eps, momentum)
         _check_options(r_max, d_max, start, r_end, d_end)
         super().__init__(num_features, eps, momentum, affine, True, device, dtype)
         self.r_max, self.d_max, self.start, self.r_end, self.d_end = r_max, d_max, start, r_end, d_end
@@ -148,7 +150,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             r_max = 1 + (self.r_max - 1) * self._progress(self.r_end)
             d_max = self.d_max * self._progress(self.d_end)
             r, d = renorm_correction(mean, var, running_mean, running_var, r_max, d_max, eps=self.eps)
-            if not recomputing():
+            if count and not recomputing():  # an empty batch has no statistics
                 update_running_averages(self, mean.new_tensor(count), mean, var)
         return batch_renorm(input, r, d, self.weight, self.bias, eps=self.eps)
 
@@ -163,11 +165,12 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _check_options(r_max: float, d_max: float, start: int, r_end: int, d_end: int) -> None:
-    if not r_max >= 1:
+    if isinstance(r_max, bool) or not isinstance(r_max, (int, float)) or not 1 <= r_max < math.inf:
         raise ValueError(f"r_max={r_max!r} is not a number of 1 or more")
     check_number("d_max", d_max)
     for name, end in (("r_end", r_end), ("d_end", d_end)):
-        if not 0 <= start <= end:
+        numbers = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in (start, end))
+        if not numbers or not 0 <= start <= end < math.inf:
             raise ValueError(
                 f"start={start!r} and {name}={end!r} are not batches in this order; give 0 <= start <= end"
             )

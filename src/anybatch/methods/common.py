@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from anybatch.scheme import check_count, check_number
+
 
 def widened(x: Tensor) -> Tensor:
     """``x`` in float32 or wider, in which statistics are taken."""
@@ -21,16 +23,31 @@ def per_channel(values_c: Tensor, dims: int) -> Tensor:
 def scaled_and_shifted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """``y * weight + bias`` channel by channel; None stands for 1 and for 0."""
     if weight is not None:
+        _check_channels("weight", weight, y)
         y = y * per_channel(weight, y.dim())
     if bias is not None:
+        _check_channels("bias", bias, y)
         y = y + per_channel(bias, y.dim())
     return y
 
 
+def _check_channels(name: str, values_c: Tensor, y: Tensor) -> None:
+    # Others would be spread over the channels, or the channels over them.
+    if values_c.numel() != y.shape[1]:
+        raise ValueError(f"{name} is of {values_c.numel()} channels, x has {y.shape[1]}")
+
+
 def check_has_channels(x: Tensor) -> None:
-    """Raise a `ValueError` unless ``x`` is (N, C, *)."""
+    """Raise a `ValueError` unless ``x`` is (N, C, *), and a `TypeError` unless it is floating point."""
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, *), got shape {tuple(x.shape)}")
+    check_floating("x", x)
+
+
+def check_floating(name: str, t: Tensor) -> None:
+    """Raise a `TypeError` unless a tensor is floating point: others would round what is computed, to 0 mostly."""
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {t.dtype}; convert it, as by {name}.float()")
 
 
 class ChannelLayer(nn.Module):
@@ -45,6 +62,7 @@ class ChannelLayer(nn.Module):
     Raises:
         ValueError: If there is not at least one channel; in `forward`, if the input has another number of channels or,
             in classes for 1d, 2d or 3d data, of dimensions. These take one sample without N too.
+        TypeError: In `forward`, if the input is not floating point.
     """
 
     dims: ClassVar[int | None] = None
@@ -62,8 +80,7 @@ class ChannelLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_channels < 1:
-            raise ValueError(f"num_channels must be 1 or more, got {num_channels}")
+        check_count("num_channels", num_channels)
         self.num_channels = num_channels
         self.affine = affine
         self._starts: dict[str, float] = {}
@@ -108,6 +125,7 @@ class ChannelLayer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} is made for {self.num_channels} channels, got x of shape {tuple(x.shape)}"
             )
+        check_floating("x", x)  # before anything is counted in
         y = self.normalize(x)
         return y.squeeze(0) if alone else y
 
@@ -136,6 +154,7 @@ class ChannelNorm(ChannelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_channels, affine, device=device, dtype=dtype)
+        check_number("eps", eps)
         self.eps = eps
 
     def extra_repr(self) -> str:

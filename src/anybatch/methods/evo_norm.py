@@ -264,7 +264,7 @@ class EvoNormB0(ChannelNorm):
         if self.running_var is None:
             return scaled_and_shifted(x, self.weight, self.bias).to(x.dtype)
         var = self.running_var
-        if self.training:
+        if self.training and x.numel():
             var = batch_variance(x)
             if not recomputing():
                 with torch.no_grad():

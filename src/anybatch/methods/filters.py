@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from anybatch import dispatch
-from anybatch.methods.common import widened
+from anybatch.methods.common import check_floating, widened
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ class Rule:
 
 
 def check_fan_in(where: str, weight: Tensor, dim: tuple[int, ...] | None = None) -> None:
-    """Raise a `ValueError` unless each filter, which extends over these dimensions, has two values or more."""
+    """Raise a `ValueError` unless each filter, which extends over these dimensions, has two values or more.
+
+    And a `TypeError` unless it is floating point.
+    """
+    check_floating("weight", weight)
     if weight.dim() < 2 or _fan_in(weight, dim or tuple(range(1, weight.dim()))) <= 1:
         raise ValueError(
             f"{where} needs two values or more in a filter, got weight of shape {tuple(weight.shape)}: a filter that "

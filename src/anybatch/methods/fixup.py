@@ -23,6 +23,13 @@ class _FixupConv(nn.modules.conv._ConvNd):
             number = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if bias else None
             self.register_parameter(name, number)
 
+    def reset_parameters(self) -> None:
+        """The filter as torch draws it, both numbers 0."""
+        super().reset_parameters()
+        for name in ("bias_in", "bias_out"):
+            if isinstance(number := getattr(self, name, None), nn.Parameter):  # torch's constructor comes before them
+                nn.init.zeros_(number)
+
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.bias_in is None else input + self.bias_in
         y = self._conv_forward(x, self.weight, None)  # pyright: ignore[reportAttributeAccessIssue]

@@ -49,6 +49,17 @@ def group_norm(
     """
     check_has_channels(x)
     c = x.shape[1]
+    check_group_values(x, groups)
+    # Splitting the channels is a view in every memory format, so that the result keeps the format of x.
+    x_ngc = widened(x.unflatten(1, (groups, c // groups)))
+    var, mean = torch.var_mean(x_ngc, dim=tuple(range(2, x_ngc.dim())), correction=0, keepdim=True)
+    y = ((x_ngc - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
+    return scaled_and_shifted(y, weight, bias).to(x.dtype)
+
+
+def check_group_values(x: Tensor, groups: int) -> None:
+    """Raise a `ValueError` unless this many groups divide the channels of (N, C, *) and hold two values or more."""
+    c = x.shape[1]
     if groups < 1 or c % groups:
         raise ValueError(f"groups={groups} does not divide the {c} channels of x")
     if c // groups * math.prod(x.shape[2:]) == 1:
@@ -56,11 +67,6 @@ def group_norm(
             f"groups={groups} leaves one value in each group of x of shape {tuple(x.shape)}, which would erase it; "
             f"use fewer groups"
         )
-    # Splitting the channels is a view in every memory format, so that the result keeps the format of x.
-    x_ngc = widened(x.unflatten(1, (groups, c // groups)))
-    var, mean = torch.var_mean(x_ngc, dim=tuple(range(2, x_ngc.dim())), correction=0, keepdim=True)
-    y = ((x_ngc - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
-    return scaled_and_shifted(y, weight, bias).to(x.dtype)
 
 
 def resolve_groups(channels: int, groups: Groups = 32, group_size: int | None = None) -> int:
@@ -150,7 +156,9 @@ def check_groups(groups: Groups, group_size: int | None) -> None:
         raise ValueError(f"groups={groups!r} and group_size={group_size!r} exclude each other; give one")
     if groups != "auto" and not (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0):
         raise ValueError(f"groups={groups!r} is neither a number above 0 nor 'auto'")
-    if group_size is not None and not (isinstance(group_size, int) and group_size > 0):
+    if group_size is not None and not (
+        isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
+    ):
         raise ValueError(f"group_size={group_size!r} is not a number above 0")
 
 

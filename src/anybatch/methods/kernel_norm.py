@@ -20,14 +20,15 @@ from anybatch.methods.windows import (
     window_moments,
     windows,
 )
+from anybatch.scheme import check_count, check_number
 
 EvalStats = Literal["clean", "expected"]
 
 
-def check_rate(p: float) -> None:
+def check_rate(p: float, name: str = "p") -> None:
     """Raise a `ValueError` unless ``p`` is a rate of dropout that leaves something."""
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise ValueError(f"p={p!r} is not a rate of dropout from 0 to below 1")
+        raise ValueError(f"{name}={p!r} is not a rate of dropout from 0 to below 1")
 
 
 def check_eval_stats(eval_stats: str) -> None:
@@ -197,9 +198,9 @@ class _KernelNorm(nn.Module):
         super().__init__()
         at = windows(self.dims, kernel_size, stride, padding, dilation, padding_mode)
         check_rate(p)
+        check_number("eps", eps)
         check_eval_stats(eval_stats)
-        if norm_groups < 1:
-            raise ValueError(f"norm_groups must be 1 or more, got {norm_groups}")
+        check_count("norm_groups", norm_groups)
         self.kernel_size, self.stride, self.dilation = at.kernel, at.stride, at.dilation
         self.padding = padding if isinstance(padding, str) else at.symmetric or at.pads
         self.padding_mode = padding_mode

@@ -23,7 +23,7 @@ from anybatch.methods.kernel_norm import (
     unit_moments,
 )
 from anybatch.methods.windows import Padding, Sizes, Windows, pad, pixel_means, window_means, windows
-from anybatch.scheme import Scheme, check_number
+from anybatch.scheme import Scheme, check_count, check_number
 
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -169,7 +169,10 @@ class _KNConv(nn.modules.conv._ConvNd):
         at = windows(self.dims, kernel_size, stride, padding, dilation, padding_mode)
         _check_groups(groups, norm_groups)
         check_rate(p)
+        check_number("eps", eps)
         check_eval_stats(eval_stats)
+        check_count("in_channels", in_channels)
+        check_count("out_channels", out_channels)
         if in_channels // norm_groups * at.positions == 1:
             raise ValueError(
                 f"in_channels={in_channels}, norm_groups={norm_groups} and kernel_size={at.kernel} leave one value in "
@@ -207,7 +210,8 @@ class _KNConv(nn.modules.conv._ConvNd):
                 f"spatial dimensions, got shape {tuple(input.shape)}"
             )
         # Autocast would round inside of the convolution; statistics must be of the values that it convolves.
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # The meta device knows no autocast.
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = kn_conv(
             x,

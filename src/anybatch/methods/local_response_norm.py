@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anybatch.dispatch import op
 from anybatch.methods.common import check_has_channels, widened
-from anybatch.scheme import Scheme, check_number
+from anybatch.scheme import Scheme, check_count, check_number
 
 
 @op
@@ -65,19 +65,26 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         (N, C, *) to (N, C, *).
 
     Raises:
-        ValueError: If ``size`` is below 1.
+        ValueError: If ``size`` is below 1, ``k`` is not above 0, or ``alpha`` or ``beta`` is below 0.
 
     Source:
         Krizhevsky, Sutskever and Hinton 2012, section 3.3.
     """
 
     def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> None:
-        if size < 1:
-            raise ValueError(f"size must be 1 or more, got {size}")
+        _check_options(size, alpha, beta, k)
         super().__init__(size, alpha, beta, k)
 
     def forward(self, input: Tensor) -> Tensor:
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k)
+
+
+def _check_options(size: int, alpha: float, beta: float, k: float) -> None:
+    check_count("size", size)
+    for name, value in (("alpha", alpha), ("beta", beta), ("k", k)):
+        check_number(name, value)
+    if k == 0:
+        raise ValueError("k=0 is not above 0: it would divide 0 by 0 where x is 0")
 
 
 def _of_any_channels(channels: int, **options: Any) -> LocalResponseNorm:
@@ -86,10 +93,7 @@ def _of_any_channels(channels: int, **options: Any) -> LocalResponseNorm:
 
 def lrn(*, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Scheme:
     """Local response normalization with torch's defaults; it shifts nothing, so that convolutions keep their biases."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"size={size!r} is not a whole number above 0")
-    for name, value in (("alpha", alpha), ("beta", beta), ("k", k)):
-        check_number(name, value)
+    _check_options(size, alpha, beta, k)
     return Scheme(
         name="lrn",
         norm=partial(_of_any_channels, size=size, alpha=alpha, beta=beta, k=k),

@@ -195,6 +195,7 @@ class MomentShortcut(nn.Module):
 
     def __init__(self, body: nn.Module, eps: float = 1e-5, *, unbiased: bool = False) -> None:
         super().__init__()
+        check_number("eps", eps)
         self.body = body
         self.eps = eps
         self.unbiased = unbiased

@@ -75,6 +75,8 @@ class _ScaledWS(StandardizedFilter):
         super().__init__(*args, **kwargs, device=device, dtype=dtype)
         check_fan_in(type(self).__name__, self.weight)
         check_eps_rule(eps_rule)
+        check_number("gamma", gamma)
+        check_number("eps", eps)
         self.gamma = gamma
         self.eps = eps
         self.eps_rule: EpsRule = eps_rule

@@ -30,7 +30,7 @@ VARIANTS: dict[str, Rule] = {
 
 
 def _rule(variant: str, eps: float | None) -> Rule:
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise unknown("variant of weight standardization", variant, VARIANTS)
     rule = VARIANTS[variant]
     return rule if eps is None else dataclasses.replace(rule, eps=eps)
@@ -90,6 +90,8 @@ class _WeightStandardized(StandardizedFilter):
 
     def __init__(self, *args: Any, eps: float | None = None, variant: Variant = "default", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if eps is not None:
+            check_number("eps", eps)
         self.eps = _rule(variant, eps).eps
         self.variant: Variant = variant
         check_fan_in(type(self).__name__, self.by_filter(self.weight), self.filter_dims)

@@ -87,7 +87,7 @@ def windows(
         if padding != "valid":
             raise ValueError(f"padding={padding!r} is neither 'same' nor 'valid' nor numbers")
         pads = ((0, 0),) * dims
-    elif not isinstance(padding, int) and any(isinstance(entry, Sequence) for entry in padding):
+    elif isinstance(padding, Sequence) and any(isinstance(entry, Sequence) for entry in padding):
         if len(padding) != dims or any(not isinstance(entry, Sequence) for entry in padding):
             raise ValueError(f"padding={padding} is not one pair (before, behind) for each of {dims} dimensions")
         pads = tuple(_each("padding", entry, 2, 0) for entry in padding)
