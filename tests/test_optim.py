@@ -11,6 +11,12 @@ from anybatch.optim import lr_factor, make_optimizer, param_groups
 from anybatch.recipe import Recipe, Schedule
 
 
+@pytest.mark.parametrize("weight_decay", [-1, float("nan"), None])
+def test_a_weight_decay_that_torch_would_not_check_in_groups_is_refused(weight_decay: float) -> None:
+    with pytest.raises(ValueError, match=f"weight_decay={weight_decay} is not a number from 0 to below inf"):
+        param_groups(torch.nn.Linear(2, 2), weight_decay)
+
+
 def test_only_weights_decay():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
     decayed, plain = param_groups(model, 0.1)

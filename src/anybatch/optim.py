@@ -16,6 +16,7 @@ from anybatch.methods.adaptive_gradient_clipping import attach_agc as attach_agc
 from anybatch.methods.parameters import decays, places
 from anybatch.methods.sam import SAM as SAM
 from anybatch.recipe import Recipe, Schedule
+from anybatch.scheme import check_number
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = False) -> list[dict[str, Any]]:
@@ -33,7 +34,11 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = Fal
 
     Returns:
         Groups for a torch optimizer; an empty group is left out.
+
+    Raises:
+        ValueError: If ``weight_decay`` is not a finite number of 0 or more, which torch does not check in groups.
     """
+    check_number("weight_decay", weight_decay)
     trained = [place for place in places(model) if place.parameter.requires_grad]
     decayed = {place.name for place in trained if decays(place)}
     groups = [

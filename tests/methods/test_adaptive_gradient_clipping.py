@@ -228,6 +228,31 @@ def test_other_thresholds_are_refused(name: str, value: float) -> None:
         adaptive_clip_grad_(filled(nn.Linear(2, 2)), **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, o: adaptive_clip_grad_(m, exclude=None), "exclude=None is neither a name nor names"),
+        (lambda m, o: adaptive_clip_grad_(m, exclude=[3]), r"exclude=\[3\] is neither a name nor names"),
+        (lambda m, o: adaptive_clip_grad_([m]), "parameters must be a model, tensors, or pairs .* got a Linear"),
+        (lambda m, o: adaptive_clip_grad_("w"), "parameters must be a model, tensors, or pairs .* got a str in them"),
+        (lambda m, o: attach_agc(m, o), "model must be a torch module, got SGD"),
+        (lambda m, o: AGC(m, o), "model must be a torch module, got SGD"),
+        (lambda m, o: anybatch.scheme("agc(exclude=None)"), "exclude=None is not a name"),
+    ],
+)
+def test_other_kinds_of_arguments_are_refused_by_name(call, message: str) -> None:
+    layer = filled(nn.Linear(2, 2))
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+
+
+def test_a_scheme_excludes_a_layer_whose_name_is_a_number() -> None:
+    model = nn.Sequential(filled(nn.Linear(2, 2)), filled(nn.Linear(2, 2)))
+    clip = anybatch.scheme("agc(exclude=1)").clip
+    assert clip is not None
+    assert "1.weight" not in clip(model)().names
+
+
 def test_flattened_shards_are_refused() -> None:
     layer = nn.Linear(2, 2)
     layer.weight = nn.Parameter(torch.ones(4))

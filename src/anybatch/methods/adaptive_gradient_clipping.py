@@ -230,7 +230,10 @@ def _named(names: Exclude) -> tuple[str, ...]:
     """Names to exclude; a text may hold several between ``|``, and ``"none"`` is none."""
     if isinstance(names, str):
         return () if names in ("none", "") else tuple(name.strip() for name in names.split("|"))
-    return tuple(names)
+    found = tuple(names) if isinstance(names, Iterable) else (names,)
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"exclude={names!r} is neither a name nor names; 'none' excludes nothing")
+    return found
 
 
 class _Clipper:
@@ -238,6 +241,8 @@ class _Clipper:
 
     def __init__(self, model: nn.Module, clip_factor: float, eps: float, exclude: Exclude) -> None:
         _check(clip_factor, eps)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch module, got {type(model).__name__}")
         model = bare(model)
         if isinstance(exclude, str) and exclude == "auto":
             last = classifier(model)
@@ -284,7 +289,8 @@ def adaptive_clip_grad_(
     """Scale down, in place, the gradient of each unit whose norm is large beside that of the unit's weights.
 
     For unit i with weights W and gradient G: ``m = clip_factor * max(|W|, eps)``; where ``|G| > m``, G becomes
-    ``G * m / max(|G|, 1e-6)``. Norms are Euclidean, in float32 or wider. A gradient that is not finite stays as it is.
+    ``G * m / max(|G|, 1e-6)``. Norms are Euclidean, in float32 or wider. A gradient stays as it
+    is where its norm is not finite.
 
     A unit is what makes one output: of linear layers and convolutions a row, W[o]; of transposed convolutions, whose
     filter is (I, O / groups, *), a group and an output in it; of embeddings and modules unknown here an entry of
@@ -331,6 +337,11 @@ def adaptive_clip_grad_(
         return _Clipper(parameters, clip_factor, eps, exclude)()
     _check(clip_factor, eps)
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for item in given:
+        if not isinstance(item, Tensor) and not (isinstance(item, tuple) and isinstance(item[-1], Tensor)):
+            raise TypeError(
+                f"parameters must be a model, tensors, or pairs of name and tensor, got a {type(item).__name__} in them"
+            )
     names = _named(exclude)
     if names and any(isinstance(item, Tensor) for item in given):
         raise ValueError(f"exclude={names!r} needs names; give a model or its named_parameters()")
@@ -488,6 +499,10 @@ def agc(clip_factor: float = 0.01, eps: float = 1e-3, *, exclude: str = "auto") 
             ``"auto"`` for the classifier's weight, ``"none"`` for none.
     """
     _check(clip_factor, eps)
+    if isinstance(exclude, int) and not isinstance(exclude, bool):
+        exclude = str(exclude)  # a layer of a sequence
+    if not isinstance(exclude, str):
+        raise ValueError(f"exclude={exclude!r} is not a name, or names with | between; 'none' excludes nothing")
     return Scheme(
         name="agc",
         clip=partial(_clip_of, clip_factor=clip_factor, eps=eps, exclude=exclude),
