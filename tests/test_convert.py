@@ -315,7 +315,10 @@ def test_loaders_and_how_much_of_them() -> None:
         ([({"image": 1}, 2)], {}, "the loader gave a tuple, whose input would be a dict"),
         ([()], {}, "the loader gave a tuple, whose input would be a tuple"),
         ([torch.zeros(1, 6, 1, 1)], {}, r"layer '0' got one value in each channel, x of shape \(1, 6, 1, 1\)"),
+        ([torch.zeros(0, 6, 3, 3)], {}, r"layer '0' got no value in each channel, x of shape \(0, 6, 3, 3\)"),
+        ([torch.full((2, 6, 3, 3), float("nan"))], {}, "layer '0' got values that are not finite"),
         (None, {"batches": 0}, "batches=0 is not 1 or more; None takes all"),
+        (None, {"batches": 1.5}, r"batches=1\.5 is not 1 or more; None takes all"),
         (None, {"estimator": "median"}, "estimator='median' is neither 'pooled' nor 'mean'"),
     ],
 )

@@ -163,7 +163,8 @@ def precise_batchnorm(
 
     Raises:
         ValueError: If the model has no BatchNorm to set or calls none, the loader is empty or gives something else than
-            told above, or a batch leaves one value in a channel; if an option is none of those named.
+            told above, or a batch leaves one value in a channel or values that are not finite; if an option is none of
+            those named.
 
     Source:
         Ioffe and Szegedy 2015, arXiv:1502.03167, section 3.1 and algorithm 2 (``"mean"``); Wu and Johnson 2021,
@@ -171,7 +172,7 @@ def precise_batchnorm(
     """
     if estimator not in ("pooled", "mean"):
         raise ValueError(f"estimator={estimator!r} is neither 'pooled' nor 'mean'")
-    if batches is not None and batches < 1:
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
         raise ValueError(f"batches={batches!r} is not 1 or more; None takes all")
     model = bare(model)  # a compiled model runs no hooks that come later
     layers = {
@@ -194,9 +195,13 @@ def precise_batchnorm(
     found = {name: population for name, population in populations.items() if population.batches}
     if not found:
         raise ValueError(f"the model called none of its BatchNorm layers ({', '.join(layers)})")
-    for name, population in found.items():
+    estimates = {name: population.estimate(estimator) for name, population in found.items()}
+    for name, moments in estimates.items():
+        if not all(moment.isfinite().all() for moment in moments):
+            raise ValueError(f"layer {name!r} got values that are not finite, or too large; no statistics are set")
+    for name, moments in estimates.items():
         averages = layers[name].running_mean, layers[name].running_var
-        for average, value in zip(averages, population.estimate(estimator), strict=True):
+        for average, value in zip(averages, moments, strict=True):
             cast(Tensor, average).copy_(value)
     return list(found)
 
@@ -237,8 +242,8 @@ def _watched(layers: dict[str, _BatchNorm], populations: dict[str, _Population])
             x = args[0]
             if x.numel() <= x.shape[1]:
                 raise ValueError(
-                    f"layer {name!r} got one value in each channel, x of shape {tuple(x.shape)}, which has no "
-                    f"variance; give larger batches or larger inputs"
+                    f"layer {name!r} got {'one' if x.numel() else 'no'} value in each channel, x of shape "
+                    f"{tuple(x.shape)}, which has no variance; give larger batches or larger inputs"
                 )
             populations[name].add(x)
 
