@@ -217,7 +217,11 @@ def _part(name: str, options: dict[str, Any], spec: str) -> Scheme:
     key = ALIASES.get(key, key)
     if key not in PARTS:
         raise unknown("part", name, PARTS, where=f" in scheme {spec!r}")
-    options = {OPTION_ALIASES.get(option, option): value for option, value in options.items()}
+    given, options = options, {}
+    for option, value in given.items():
+        if (own := OPTION_ALIASES.get(option, option)) in options:
+            raise ValueError(f"option {own!r} stands twice in scheme {spec!r}")
+        options[own] = value
     known = inspect.signature(PARTS[key]).parameters
     for option in map(str, options):
         if option not in known:

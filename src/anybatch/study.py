@@ -208,6 +208,7 @@ def check(study: Study) -> None:
 
     from anybatch import data
     from anybatch.driver import Epoch
+    from anybatch.schemes import scheme as parse_scheme
 
     if study.base.train.devices > 1:
         raise ValueError(
@@ -215,7 +216,9 @@ def check(study: Study) -> None:
         )
     with torch.device("meta"):
         for scheme in study.schemes:
-            study.recipe(scheme, 1, 0).model.build(num_classes=2, in_chans=3)
+            model = study.recipe(scheme, 1, 0).model.build(num_classes=2, in_chans=3)
+            if (clip := parse_scheme(scheme).clip) is not None:
+                clip(model)  # which checks the names of what is not clipped
     largest = study.recipe(study.schemes[0], max(study.batch_sizes), 0)
     for recipe in [largest, *study.trials(study.schemes[0], max(study.batch_sizes))[:1]]:
         Epoch.of(recipe, len(data.load(recipe.data).train))
