@@ -12,7 +12,7 @@ from typing import Any
 Factory = Callable[..., Any]
 PerDims = tuple[Factory, Factory, Factory]
 
-SLOTS = ("conv", "norm", "act", "norm_act", "residual", "init", "clip")
+SLOTS = ("conv", "norm", "act", "norm_act", "final", "residual", "init", "clip")
 
 
 def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
@@ -50,6 +50,9 @@ class Scheme:
         act: Called with no argument.
         norm_act: A norm with its own activation, called with the number of channels and, where a block has no
             activation behind its norm, ``apply_act=False``; one factory for all, or one each for 1d, 2d, 3d.
+        final: A norm in front of the head of pre-activated networks, where convolutions normalize what they take and
+            neither ``norm`` nor ``norm_act`` is filled; called with the number of channels; one factory for all, or one
+            each for 1d, 2d, 3d.
         residual: Called with the number of residual blocks; returns a function that makes each block's join (see
             `anybatch.methods.residual.Join`), called with whether the block's skip connection is a projection.
         init: Called with the finished model.
@@ -69,6 +72,7 @@ class Scheme:
     norm: Factory | PerDims | None = None
     act: Factory | None = None
     norm_act: Factory | PerDims | None = None
+    final: Factory | PerDims | None = None
     residual: Factory | None = None
     init: Factory | None = None
     clip: Factory | None = None

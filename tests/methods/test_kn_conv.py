@@ -438,7 +438,64 @@ def test_part() -> None:
     assert isinstance(Pieces(anybatch.scheme("kn"), dims=1).conv(8, 16, 3), layers.KNConv1d)
     assert isinstance(Pieces(anybatch.scheme("kn"), dims=3).conv(8, 16, 3), layers.KNConv3d)
     made = anybatch.scheme("kn")
-    assert (made.filled, made.batch_independent, made.sources) == (("conv",), True, ("arXiv:2205.10089",))
+    assert (made.filled, made.batch_independent, made.sources) == (
+        ("conv", "final"),
+        True,
+        ("arXiv:2205.10089",),
+    )
+
+
+def final(scheme: str, channels: int = 8, dims: int = 2) -> tuple[nn.Module, nn.Module]:
+    return Pieces(anybatch.scheme(scheme), dims=dims).final_norm_act(channels)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "p"),
+    [("kn", 0.25), ("kn(p=0.01)", 0.05), ("kn(p=0.1)", 0.25), ("kn(p=0)", 0.0), ("kn(p=0.1,final_p=0.5)", 0.5)],
+)
+def test_the_norm_before_the_head_drops_as_released(scheme: str, p: float) -> None:
+    norm, act = final(scheme)
+    assert isinstance(norm, layers.KernelNorm2d)
+    assert (norm.kernel_size, norm.p) == ((1, 1), pytest.approx(p))
+    assert isinstance(act, nn.ReLU)
+    assert anybatch.scheme(anybatch.scheme(scheme).name).name == scheme
+    again = final(anybatch.scheme(scheme).name)[0]
+    assert repr(again) == repr(norm)
+
+
+def test_the_norm_before_the_head_has_the_schemes_options_and_dimensions() -> None:
+    norm, _ = final("kn(eps=1e-3,eval_stats=expected,norm_groups=2)")
+    assert isinstance(norm, layers.KernelNorm2d)
+    assert (norm.eps, norm.eval_stats, norm.norm_groups) == (1e-3, "expected", 2)
+    with pytest.raises(ValueError, match="norm_groups=2 does not divide 7 channels"):
+        final("kn(norm_groups=2)", 7)
+    assert isinstance(final("kn", dims=1)[0], layers.KernelNorm1d)
+    assert isinstance(final("kn", dims=3)[0], layers.KernelNorm3d)
+
+
+def test_another_norm_keeps_its_place_before_the_head() -> None:
+    assert isinstance(final("kn+gn(groups=2)")[0], layers.GroupNorm)
+    assert [type(m).__name__ for m in final("kn+frn")] == ["FilterResponseNorm2d", "Identity"]
+    assert [type(m).__name__ for m in final("none")] == ["Identity", "ReLU"]
+    assert anybatch.scheme("gn+kn").name == "kn+gn"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "where"),
+    [
+        ("preact_resnet8", {"width": 8}, "final_norm"),
+        ("densenet40_12", {"growth": 4}, "features.norm5"),
+        ("nf_resnet26", {}, "final_norm"),
+        ("resnet8", {"width": 8}, None),
+    ],
+)
+def test_pre_activated_networks_alone_have_a_norm_before_the_head(
+    name: str, options: dict[str, int], where: str | None
+) -> None:
+    with torch.device("meta"):
+        model = anybatch.create_model(name, "kn", num_classes=3, **options)
+    found = [name for name, m in model.named_modules() if isinstance(m, layers.KernelNorm2d)]
+    assert found == ([] if where is None else [where])
 
 
 def test_networks_start_from_hes_initialization() -> None:
@@ -456,6 +513,7 @@ def test_networks_start_from_hes_initialization() -> None:
     ("spec", "message"),
     [
         ("kn(p=1)", "p=1 is not a rate"),
+        ("kn(final_p=1)", "final_p=1 is not a rate"),
         ("kn(p=much)", "p='much' is not a rate"),
         ("kn(eps=-1)", "eps=-1 is not a number from 0"),
         ("kn(eval_stats=sample)", "eval_stats='sample' is neither"),

@@ -231,5 +231,5 @@ def test_refusals(options: dict[str, object], message: str) -> None:
 
 
 def test_options() -> None:
-    told = {"width", "layer_scale", "drop_rate", "drop_path_rate", "head_norm_first"}
+    told = {"width", "layer_scale", "drop_rate", "drop_path_rate", "downsampling", "head_norm_first"}
     assert set(model_options("convnext_tiny")) == told

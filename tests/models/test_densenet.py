@@ -24,7 +24,7 @@ from models.checks import (
     randomized,
 )
 
-NAMES = [name for name in list_models() if name.startswith("densenet")]
+NAMES = [name for name in list_models() if name.startswith("densenet") and model_entry(name).family == "DenseNet"]
 IMAGENET = ["densenet121", "densenet161", "densenet169", "densenet201"]
 DEEP = {"densenet161", "densenet169", "densenet201", "densenet_bc190_40", "densenet_bc250_24"}
 SCHEMES = ["bn", "gn:auto", "ws+gn:auto", "none", "pn", "evos0:auto", "kn"]

@@ -310,9 +310,29 @@ class KNConv3d(_KNConv):
     dims = 3
 
 
-def kn(*, p: float = 0.05, eps: float = 1e-5, eval_stats: EvalStats = "clean", norm_groups: int = 1) -> Scheme:
-    """Kernel normalization inside every convolution, with no norm behind it."""
+def _final(channels: int, *, layer: Any, norm_groups: int, **options: Any) -> nn.Module:
+    """A `KernelNorm2d` of one position, which needs no number of channels."""
+    if channels % norm_groups:
+        raise ValueError(f"norm_groups={norm_groups} does not divide {channels} channels")
+    return layer(1, norm_groups=norm_groups, **options)
+
+
+def kn(
+    *,
+    p: float = 0.05,
+    eps: float = 1e-5,
+    eval_stats: EvalStats = "clean",
+    norm_groups: int = 1,
+    final_p: float | None = None,
+) -> Scheme:
+    """Kernel normalization inside every convolution, with no norm behind it.
+
+    Pre-activated networks have one norm, in front of the head: a KernelNorm of one position, whose dropout has the rate
+    ``final_p``; None for the released code's rule, the lesser of 5 p and 0.25.
+    """
     check_rate(p)
+    final_p = min(5 * p, 0.25) if final_p is None else final_p
+    check_rate(final_p, "final_p")
     check_number("eps", eps)
     check_eval_stats(eval_stats)
     if isinstance(norm_groups, bool) or not isinstance(norm_groups, int) or norm_groups < 1:
@@ -321,4 +341,13 @@ def kn(*, p: float = 0.05, eps: float = 1e-5, eval_stats: EvalStats = "clean", n
         partial(layer, p=p, eps=eps, eval_stats=eval_stats, norm_groups=norm_groups)
         for layer in (KNConv1d, KNConv2d, KNConv3d)
     )
-    return Scheme(name="kn", conv=(one_d, two_d, three_d), sources=("arXiv:2205.10089",))
+    final_1d, final_2d, final_3d = (
+        partial(_final, layer=layer, norm_groups=norm_groups, p=final_p, eps=eps, eval_stats=eval_stats)
+        for layer in (KernelNorm1d, KernelNorm2d, KernelNorm3d)
+    )
+    return Scheme(
+        name="kn",
+        conv=(one_d, two_d, three_d),
+        final=(final_1d, final_2d, final_3d),
+        sources=("arXiv:2205.10089",),
+    )

@@ -93,6 +93,19 @@ class Pieces:
         # Behind no norm it would overwrite what went into the norm, which a pre-activated block's skip still needs.
         return self.norm(channels), self.act(inplace=self.scheme.norm is not None)
 
+    def final_norm(self, channels: int) -> nn.Module:
+        """A norm in front of the head, where the last convolution has none behind it."""
+        if self.scheme.final is None or self.scheme.norm is not None or self.scheme.norm_act is not None:
+            return self.norm(channels)
+        return self._of_dims(self.scheme.final)(channels)
+
+    def final_norm_act(self, channels: int) -> tuple[nn.Module, nn.Module]:
+        """The same and the activation behind it; where one layer does both, the second is the identity."""
+        if self.scheme.norm_act is not None:
+            return self.norm_act(channels)
+        norm = self.final_norm(channels)
+        return norm, self.act(inplace=not isinstance(norm, nn.Identity))
+
     def join(self, *, transition: bool = False) -> Join:
         """The next block's join, in the order of the blocks.
 
@@ -109,6 +122,20 @@ class Pieces:
             default: The network's own way, where the scheme has none; None for `he_normal`.
         """
         (self.scheme.init or default or he_normal)(model)
+
+
+def named_act(name: str) -> Callable[[], nn.Module] | None:
+    """A network's own activation by name, for `Pieces`: ``"relu"`` or ``"mish"``."""
+    if name not in ("relu", "mish"):
+        raise ValueError(f"act must be 'relu' or 'mish', got {name!r}")
+    return None if name == "relu" else nn.Mish
+
+
+def torch_init(model: nn.Module) -> None:
+    """Convolutions and linear layers as torch draws them."""
+    for module in model.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            module.reset_parameters()
 
 
 def he_normal(model: nn.Module) -> None:

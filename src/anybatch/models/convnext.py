@@ -6,7 +6,7 @@ With its own scheme, ``pn(eps=1e-6)``, it takes torchvision's state dict.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
 from anybatch.scheme import Scheme
+from anybatch.schemes import scheme as parse_scheme
 
 
 class ConvNeXtBlock(nn.Module):
@@ -84,6 +85,8 @@ class ConvNeXt(Network):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Probability to leave out the last block's branch for a sample in training; it grows from 0 in
             equal steps from block to block.
+        downsampling: Another scheme for the halvings alone, whose norm, if any, and activation, or ReLU, stand in front
+            of the convolution; None for the same scheme and its norm alone. KNConvNeXt has ``kn(p=0.1)``.
         head_norm_first: Whether the last norm stands before pooling. As published it stands behind, where a map has one
             position: norms over positions, as in ``in``, or over a batch of 1 in ``bn``, have nothing to normalize
             there.
@@ -113,6 +116,7 @@ class ConvNeXt(Network):
         layer_scale: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        downsampling: Scheme | None = None,
         head_norm_first: bool = False,
     ) -> None:
         super().__init__()
@@ -120,6 +124,7 @@ class ConvNeXt(Network):
             raise ValueError(f"width must be 1 or more, got {width}")
         check_probability("drop_path_rate", drop_path_rate)
         pieces = Pieces(scheme, blocks=sum(depths), act=nn.GELU)
+        halving = None if downsampling is None else Pieces(downsampling)
         self.in_chans = in_chans
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         channels, levels = width, []
@@ -129,8 +134,9 @@ class ConvNeXt(Network):
                 stem = pieces.conv(in_chans, channels, 4, 4, padding=0, bias=True)
                 self.features.append(nn.Sequential(stem, pieces.norm(channels)))
             else:
-                halving = pieces.conv(channels, 2 * channels, 2, 2, padding=0, bias=True)
-                self.features.append(nn.Sequential(pieces.norm(channels), halving))
+                before = (pieces.norm(channels),) if halving is None else _filled(halving.norm_act(channels))
+                conv = (halving or pieces).conv(channels, 2 * channels, 2, 2, padding=0, bias=True)
+                self.features.append(nn.Sequential(*before, conv))
                 channels *= 2
             blocks = [
                 ConvNeXtBlock(pieces, channels, layer_scale=layer_scale, drop_path=rates.pop(0)) for _ in range(depth)
@@ -146,6 +152,10 @@ class ConvNeXt(Network):
         pieces.init(self, _first_weights)
 
 
+def _filled(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if not isinstance(module, nn.Identity)]
+
+
 def _first_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
@@ -154,7 +164,18 @@ def _first_weights(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _convnext(name: str, doc: str, depths: Sequence[int], width: int, drop_path_rate: float, published: float) -> None:
+def _convnext(
+    name: str,
+    doc: str,
+    depths: Sequence[int],
+    width: int,
+    drop_path_rate: float,
+    published: float,
+    *,
+    downsampling: str = "",
+    train_size: int = 224,
+    source: str = "arXiv:2201.03545, table 1, trained on ImageNet-1K",
+) -> None:
     """Register a network, with the rate of stochastic depth at which it was trained on ImageNet."""
 
     def build(
@@ -166,6 +187,7 @@ def _convnext(name: str, doc: str, depths: Sequence[int], width: int, drop_path_
         layer_scale: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = drop_path_rate,
+        downsampling: str = downsampling,
         head_norm_first: bool = False,
     ) -> Network:
         return ConvNeXt(
@@ -177,6 +199,7 @@ def _convnext(name: str, doc: str, depths: Sequence[int], width: int, drop_path_
             layer_scale=layer_scale,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
+            downsampling=parse_scheme(downsampling) if downsampling else None,
             head_norm_first=head_norm_first,
         )
 
@@ -186,11 +209,23 @@ def _convnext(name: str, doc: str, depths: Sequence[int], width: int, drop_path_
         family="ConvNeXt",
         scheme="pn(eps=1e-6)",
         size=224,
+        train_size=train_size,
         published=published,
-        source="arXiv:2201.03545, table 1, trained on ImageNet-1K",
+        source=source,
     )
 
 
 _convnext("convnext_tiny", "ConvNeXt-T.", (3, 3, 9, 3), 96, 0.1, 82.1)
 _convnext("convnext_small", "ConvNeXt-S.", (3, 3, 27, 3), 96, 0.4, 83.1)
 _convnext("convnext_base", "ConvNeXt-B.", (3, 3, 27, 3), 128, 0.5, 83.8)
+_convnext(
+    "knconvnext_tiny",
+    "KNConvNeXt-T: ConvNeXt-T with ReLU and KNConv in the three halvings, normalized elsewhere as before.",
+    (3, 3, 9, 3),
+    96,
+    0.1,
+    81.25,
+    downsampling="kn(p=0.1)",
+    train_size=176,
+    source="arXiv:2205.10089, section 5, 600 epochs of torchvision's recipe, with which ConvNeXt-T reached 80.87",
+)

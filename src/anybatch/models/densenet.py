@@ -5,7 +5,7 @@ With the scheme ``bn`` and ImageNet's stem, names and shapes of the parameters a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +73,14 @@ class DenseBlock(nn.Module):
 
 
 class Transition(nn.Module):
-    """From one dense block to the next: norm, activation, a 1 x 1 convolution, and half the size."""
+    """From one dense block to the next: norm, activation, a convolution (1 x 1 as published), and half the size."""
 
-    def __init__(self, pieces: Pieces, in_channels: int, out_channels: int, drop_rate: float) -> None:
+    def __init__(
+        self, pieces: Pieces, in_channels: int, out_channels: int, drop_rate: float, kernel_size: int = 1
+    ) -> None:
         super().__init__()
         self.norm, self.relu = pieces.norm_act(in_channels)
-        self.conv = pieces.conv(in_channels, out_channels, 1)
+        self.conv = pieces.conv(in_channels, out_channels, kernel_size)
         self.drop = nn.Dropout(drop_rate)
         self.pool = nn.AvgPool2d(2)
 
@@ -103,6 +105,9 @@ class DenseNet(Network):
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout behind each convolution but the first. The paper has 0.2 where images are not augmented;
             torchvision and timm drop behind the 3 x 3 convolutions alone.
+        stem_channels: Channels of the stem; None for those named above.
+        transition_kernel: Kernel size of the transitions' convolutions.
+        act: The network's own activation, where the scheme brings none; None for ReLU.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes).
@@ -130,15 +135,18 @@ class DenseNet(Network):
         bottleneck: bool = True,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        stem_channels: int | None = None,
+        transition_kernel: int = 1,
+        act: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if growth < 1:
             raise ValueError(f"growth must be 1 or more, got {growth}")
         if not 0 <= proj_drop_rate < 1:
             raise ValueError(f"proj_drop_rate must be in [0, 1), got {proj_drop_rate}")
-        pieces = Pieces(scheme)
+        pieces = Pieces(scheme, act=act)
         self.in_chans = in_chans
-        channels = 2 * growth if bottleneck else 16
+        channels = stem_channels or (2 * growth if bottleneck else 16)
         self.features = nn.Sequential()
         if stem == "imagenet":
             self.features.conv0 = pieces.conv(in_chans, channels, 7, 2)
@@ -155,14 +163,14 @@ class DenseNet(Network):
         for i, depth in enumerate(depths, 1):
             if i > 1:
                 out_channels = channels // 2 if bottleneck else channels
-                transition = Transition(pieces, channels, out_channels, proj_drop_rate)
+                transition = Transition(pieces, channels, out_channels, proj_drop_rate, transition_kernel)
                 self.features.add_module(f"transition{i - 1}", transition)
                 between, reduction, channels = (f"features.transition{i - 1}",), 2 * reduction, out_channels
             block = DenseBlock(pieces, channels, growth, depth, bottleneck=bottleneck, drop_rate=proj_drop_rate)
             self.features.add_module(f"denseblock{i}", block)
             channels += depth * growth
             levels.append(Level((*between, f"features.denseblock{i}"), channels, reduction))
-        self.features.norm5, self.features.relu5 = pieces.norm_act(channels)
+        self.features.norm5, self.features.relu5 = pieces.final_norm_act(channels)
         self.levels, self.tail = tuple(levels), ("features.norm5", "features.relu5")
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self._add_classifier(channels, num_classes, drop_rate)
@@ -190,6 +198,8 @@ def _densenet(
     stem: str = "imagenet",
     bottleneck: bool = True,
     published: float | None = None,
+    scheme: str = "bn",
+    source: str = "arXiv:1608.06993",
 ) -> None:
     """Register a network: its growth and depths and, beside them, what differs from `DenseNet`'s defaults."""
 
@@ -216,11 +226,10 @@ def _densenet(
         )
 
     build.__name__, build.__doc__ = name, doc
-    source = "arXiv:1608.06993"
     register_model(
         build,
         family="DenseNet",
-        scheme="bn",
+        scheme=scheme,
         size=32 if stem == "cifar" else 224,
         published=published,
         source=source if published is None else f"{source}; top-1 of torchvision's IMAGENET1K_V1 weights, with bn",
@@ -233,7 +242,16 @@ for _depth, _growth, _depths, _top1 in (
     (169, 32, (6, 12, 32, 32), 75.600),
     (201, 32, (6, 12, 48, 32), 76.896),
 ):
-    _densenet(f"densenet{_depth}", f"DenseNet-BC-{_depth}, growth {_growth}.", _growth, _depths, published=_top1)
+    _doc = f"DenseNet-BC-{_depth}, growth {_growth}"
+    _densenet(f"densenet{_depth}", f"{_doc}.", _growth, _depths, published=_top1)
+    _densenet(
+        f"kndensenet{_depth}",
+        f"{_doc}, kernel-normalized: our reading of KNDenseNet, whose own layers could not be had.",
+        _growth,
+        _depths,
+        scheme="kn",
+        source="ours, of arXiv:1608.06993 and arXiv:2205.10089",
+    )
 for _depth, _growth, _error in ((40, 12, 5.24), (100, 12, 4.10), (100, 24, 3.74)):
     _densenet(
         f"densenet{_depth}_{_growth}",

@@ -44,6 +44,8 @@ class Network(nn.Module):
     in_chans: int
     default_cfg: dict[str, Any]
     """What images it is meant for (``input_size``, ``mean``, ``std``, ``interpolation``) and where it is from."""
+    min_size: int | None = None
+    """Least side of an image, where it is more than the last level's reduction."""
     grad_checkpointing = False
 
     def _add_classifier(self, num_features: int, num_classes: int, drop_rate: float) -> None:
@@ -52,7 +54,10 @@ class Network(nn.Module):
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
         self.num_features, self.num_classes = num_features, num_classes
         self.drop = nn.Dropout(drop_rate)
-        _replace(self, self.classifier_name, _linear(num_features, num_classes))
+        _replace(self, self.classifier_name, self._new_classifier(num_features, num_classes))
+
+    def _new_classifier(self, num_features: int, num_classes: int) -> nn.Module:
+        return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
 
     def _run(self, names: Iterable[str], x: Tensor) -> Tensor:
         for name in names:
@@ -65,7 +70,7 @@ class Network(nn.Module):
         return x
 
     def _maps(self, x: Tensor) -> Iterator[Tensor]:
-        least = self.levels[-1].reduction
+        least = self.min_size or self.levels[-1].reduction
         if x.dim() != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < least:
             raise ValueError(
                 f"the network takes (N, {self.in_chans}, H, W) with sides of {least} pixels or more, "
@@ -108,11 +113,12 @@ class Network(nn.Module):
         return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new linear layer for so many classes; 0 for none, which gives pooled features."""
+        """A new last layer for so many classes; 0 for none, which gives what it takes."""
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         like = next(self.parameters())
-        _replace(self, self.classifier_name, _linear(self.num_features, num_classes).to(like.device, like.dtype))
+        made = self._new_classifier(self.num_features, num_classes)
+        _replace(self, self.classifier_name, made.to(like.device, like.dtype))
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -141,7 +147,7 @@ class FeaturePyramid(nn.Module):
         last = max(self.out_indices)
         for name in [*(n for level in network.levels[last + 1 :] for n in level.modules), *network.tail, *network.pool]:
             _replace(network, name, nn.Identity())
-        network.levels, network.tail = network.levels[: last + 1], ()
+        network.levels, network.tail, network.min_size = network.levels[: last + 1], (), None
         self.network = network
 
     @property
@@ -157,10 +163,6 @@ class FeaturePyramid(nn.Module):
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
-
-
-def _linear(num_features: int, num_classes: int) -> nn.Module:
-    return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
 
 
 def _numbers(indices: int | Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ With the scheme ``bn`` and ImageNet's stem, names and shapes of the parameters a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -162,6 +162,7 @@ class ResNet(Network):
         zero_init_residual: Whether the last norm of each branch starts with scale 0, so that a block starts as the
             identity. Off as in torchvision; the GroupNorm paper has it on for ImageNet, the WS paper off.
         drop_rate: Dropout before the classifier.
+        act: The network's own activation, where the scheme brings none; None for ReLU.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes).
@@ -189,11 +190,12 @@ class ResNet(Network):
         base_width: int = 64,
         zero_init_residual: bool = False,
         drop_rate: float = 0.0,
+        act: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
-        pieces = Pieces(scheme, blocks=sum(depths), zero_init_residual=zero_init_residual)
+        pieces = Pieces(scheme, blocks=sum(depths), zero_init_residual=zero_init_residual, act=act)
         self.in_chans = in_chans
         if stem == "imagenet":
             self.conv1 = pieces.conv(in_chans, width, 7, 2)
@@ -219,7 +221,7 @@ class ResNet(Network):
             first = ("maxpool",) if i == 0 else ()
             levels.append(Level((*first, f"layer{i + 1}"), channels, reduction * 2**i))
         self.levels, self.tail = tuple(levels), ("final_norm", "final_act")
-        final = pieces.norm_act(channels) if block.preactivated else (nn.Identity(), nn.Identity())
+        final = pieces.final_norm_act(channels) if block.preactivated else (nn.Identity(), nn.Identity())
         self.final_norm, self.final_act = final
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self._add_classifier(channels, num_classes, drop_rate)

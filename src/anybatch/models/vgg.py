@@ -107,8 +107,12 @@ class VGG(Network):
         return super()._run(names, x)
 
 
-def _vgg(name: str, letter: str, depths: Sequence[int], published: float) -> None:
-    """Register a network by its column in the paper's table 1."""
+TORCHVISION = "arXiv:1409.1556; top-1 of torchvision's IMAGENET1K_V1 weights, with bn"
+KERNEL_NORMALIZED = "ours, of arXiv:1409.1556 and arXiv:2205.10089"
+
+
+def _vgg(name: str, doc: str, depths: Sequence[int], published: float | None, scheme: str, source: str) -> None:
+    """Register a network by the paper's table 1."""
 
     def build(
         scheme: Scheme,
@@ -123,18 +127,18 @@ def _vgg(name: str, letter: str, depths: Sequence[int], published: float) -> Non
             scheme, depths, num_classes=num_classes, in_chans=in_chans, width=width, stem=stem, drop_rate=drop_rate
         )
 
-    build.__name__, build.__doc__ = name, f"VGG of {sum(depths) + 3} layers, the paper's configuration {letter}."
-    register_model(
-        build,
-        family="VGG",
-        scheme="bn",
-        size=224,
-        published=published,
-        source="arXiv:1409.1556; top-1 of torchvision's IMAGENET1K_V1 weights, with bn",
-    )
+    build.__name__, build.__doc__ = name, doc
+    register_model(build, family="VGG", scheme=scheme, size=224, published=published, source=source)
 
 
-_vgg("vgg11", "A", (1, 1, 2, 2, 2), 70.370)
-_vgg("vgg13", "B", (2, 2, 2, 2, 2), 71.586)
-_vgg("vgg16", "D", (2, 2, 3, 3, 3), 73.360)
-_vgg("vgg19", "E", (2, 2, 4, 4, 4), 74.218)
+for _letter, _depths, _top1 in (
+    ("A", (1, 1, 2, 2, 2), 70.370),
+    ("B", (2, 2, 2, 2, 2), 71.586),
+    ("D", (2, 2, 3, 3, 3), 73.360),
+    ("E", (2, 2, 4, 4, 4), 74.218),
+):
+    _layers = sum(_depths) + 3
+    _doc = f"VGG of {_layers} layers, the paper's configuration {_letter}"
+    _vgg(f"vgg{_layers}", f"{_doc}.", _depths, _top1, "bn", TORCHVISION)
+    _doc += ", kernel-normalized: our reading of KNVGG, whose own layers could not be had."
+    _vgg(f"knvgg{_layers}", _doc, _depths, None, "kn", KERNEL_NORMALIZED)
