@@ -29,6 +29,12 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raise a `ValueError` unless an option is a probability to drop that leaves something."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} is not a probability from 0 to below 1; at 1 nothing would be left")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise a `ValueError` unless an option is True or False."""
     if not isinstance(value, bool):

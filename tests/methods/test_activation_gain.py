@@ -191,3 +191,8 @@ def test_gradients() -> None:
         x: Tensor = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(layer, (x,))
         assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+def test_gains_are_computed_on_the_cpu_wherever_a_network_is_built() -> None:
+    with torch.device("meta"):
+        assert activation_gain(torch.tanh) == activation_gain("tanh")

@@ -261,9 +261,9 @@ def test_refusals_of_a_size(options: dict[str, Any]) -> None:
         ({"norm_groups": 0}, "norm_groups=0 does not divide the 2 channels"),
         ({"norm_groups": 3}, "norm_groups=3 does not divide the 2 channels"),
         ({"norm_groups": 2, "kernel_size": 1}, "leave one value in each window .* would erase it"),
-        ({"p": 1}, "p=1 is not a rate of dropout from 0 to below 1"),
-        ({"p": -0.1}, "p=-0.1 is not a rate"),
-        ({"p": float("nan")}, "p=nan is not a rate"),
+        ({"p": 1}, "p=1 is not a probability from 0 to below 1"),
+        ({"p": -0.1}, "p=-0.1 is not a probability"),
+        ({"p": float("nan")}, "p=nan is not a probability"),
         ({"mask": torch.ones(1, 2, 5, 5)}, "mask must be bool and have the shape of x"),
         ({"mask": torch.ones(1, 1, 5, 5, dtype=torch.bool)}, "mask must be bool and have the shape of x"),
     ],
@@ -275,7 +275,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 
 
 def test_refusals_of_the_layer() -> None:
-    with pytest.raises(ValueError, match=r"p=1\.0 is not a rate"):
+    with pytest.raises(ValueError, match=r"p=1\.0 is not a probability"):
         layers.KernelNorm2d(3, p=1.0)
     with pytest.raises(ValueError, match="eval_stats='sample' is neither 'clean' nor 'expected'"):
         layers.KernelNorm2d(3, eval_stats="sample")  # pyright: ignore[reportArgumentType]

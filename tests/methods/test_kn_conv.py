@@ -376,8 +376,8 @@ def test_autocast_normalizes_what_it_convolves() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p": 1.0}, "p=1.0 is not a rate of dropout from 0 to below 1"),
-        ({"p": -0.1}, "p=-0.1 is not a rate"),
+        ({"p": 1.0}, "p=1.0 is not a probability from 0 to below 1"),
+        ({"p": -0.1}, "p=-0.1 is not a probability"),
         ({"eval_stats": "sample"}, "eval_stats='sample' is neither 'clean' nor 'expected'"),
         (
             {"norm_groups": 2},
@@ -419,7 +419,7 @@ def test_refusals_of_the_input() -> None:
         ((1, 4, 7, 7), (4, 3, 3, 3), {}, "takes 3 channels and .*, got x of shape"),
         ((1, 4, 7, 7), (3, 2, 3, 3), {"groups": 2}, "needs filters that the groups divide evenly"),
         ((1, 1, 7, 7), (4, 1, 1, 1), {}, "leave one value in each window of x .* use fewer groups or a larger kernel"),
-        ((1, 4, 7, 7), (4, 4, 3, 3), {"p": 1.5}, "p=1.5 is not a rate"),
+        ((1, 4, 7, 7), (4, 4, 3, 3), {"p": 1.5}, "p=1.5 is not a probability"),
         ((1, 4, 7, 7), (4, 4, 3, 3), {"mask": torch.ones(1)}, "mask must be bool and have the shape of x"),
     ],
     ids=str,
@@ -512,9 +512,9 @@ def test_networks_start_from_hes_initialization() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("kn(p=1)", "p=1 is not a rate"),
-        ("kn(final_p=1)", "final_p=1 is not a rate"),
-        ("kn(p=much)", "p='much' is not a rate"),
+        ("kn(p=1)", "p=1 is not a probability"),
+        ("kn(final_p=1)", "final_p=1 is not a probability"),
+        ("kn(p=much)", "p='much' is not a probability"),
         ("kn(eps=-1)", "eps=-1 is not a number from 0"),
         ("kn(eval_stats=sample)", "eval_stats='sample' is neither"),
         ("kn(norm_groups=0)", "norm_groups=0 is not a number above 0"),

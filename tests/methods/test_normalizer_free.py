@@ -68,9 +68,7 @@ def test_post_activated_blocks_keep_variance_1() -> None:
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "tanh"])
 def test_activations_that_shrink_the_skip_are_refused_behind_blocks(act: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"behind a residual block would shrink .*; take act=relu, or"
-    ):
+    with pytest.raises(ValueError, match=r"behind a residual block would shrink .*; take act=relu, or"):
         anybatch.create_model("resnet8", f"nf(act={act})")
     anybatch.create_model("preact_resnet8", f"nf(act={act})")
 

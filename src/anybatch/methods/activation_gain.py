@@ -142,9 +142,8 @@ def activation_gain(act: str | Elementwise, *, released: bool = False) -> float:
         if not isinstance(act, str):
             raise ValueError(f"the released constants go by name, got act={act!r}; known: {', '.join(RELEASED)}")
         return RELEASED[_known(act, RELEASED)]
-    if isinstance(act, str):
-        return _named_gain(_known(act, NONLINEARITIES))
-    return _gain(act)
+    with torch.device("cpu"):  # also where a network is built without values, under torch.device("meta")
+        return _named_gain(_known(act, NONLINEARITIES)) if isinstance(act, str) else _gain(act)
 
 
 @cache

@@ -20,15 +20,9 @@ from anybatch.methods.windows import (
     window_moments,
     windows,
 )
-from anybatch.scheme import check_count, check_number
+from anybatch.scheme import check_count, check_number, check_rate
 
 EvalStats = Literal["clean", "expected"]
-
-
-def check_rate(p: float, name: str = "p") -> None:
-    """Raise a `ValueError` unless ``p`` is a rate of dropout that leaves something."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise ValueError(f"{name}={p!r} is not a rate of dropout from 0 to below 1")
 
 
 def check_eval_stats(eval_stats: str) -> None:
@@ -41,7 +35,7 @@ def check_units(x: Tensor, at: Windows, norm_groups: int, p: float, mask: Tensor
     """Raise a `ValueError` unless ``x`` has units to normalize and ``mask``, if there is one, is for it."""
     check_has_channels(x)
     check_fit(x, at)
-    check_rate(p)
+    check_rate("p", p)
     c = x.shape[1]
     if norm_groups < 1 or c % norm_groups:
         raise ValueError(f"norm_groups={norm_groups} does not divide the {c} channels of x")
@@ -197,7 +191,7 @@ class _KernelNorm(nn.Module):
     ) -> None:
         super().__init__()
         at = windows(self.dims, kernel_size, stride, padding, dilation, padding_mode)
-        check_rate(p)
+        check_rate("p", p)
         check_number("eps", eps)
         check_eval_stats(eval_stats)
         check_count("norm_groups", norm_groups)

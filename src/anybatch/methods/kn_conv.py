@@ -17,13 +17,12 @@ from anybatch.methods.kernel_norm import (
     KernelNorm2d,
     KernelNorm3d,
     check_eval_stats,
-    check_rate,
     check_units,
     dropout,
     unit_moments,
 )
 from anybatch.methods.windows import Padding, Sizes, Windows, pad, pixel_means, window_means, windows
-from anybatch.scheme import Scheme, check_count, check_number
+from anybatch.scheme import Scheme, check_count, check_number, check_rate
 
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -168,7 +167,7 @@ class _KNConv(nn.modules.conv._ConvNd):
     ) -> None:
         at = windows(self.dims, kernel_size, stride, padding, dilation, padding_mode)
         _check_groups(groups, norm_groups)
-        check_rate(p)
+        check_rate("p", p)
         check_number("eps", eps)
         check_eval_stats(eval_stats)
         check_count("in_channels", in_channels)
@@ -330,9 +329,9 @@ def kn(
     Pre-activated networks have one norm, in front of the head: a KernelNorm of one position, whose dropout has the rate
     ``final_p``; None for the released code's rule, the lesser of 5 p and 0.25.
     """
-    check_rate(p)
+    check_rate("p", p)
     final_p = min(5 * p, 0.25) if final_p is None else final_p
-    check_rate(final_p, "final_p")
+    check_rate("final_p", final_p)
     check_number("eps", eps)
     check_eval_stats(eval_stats)
     if isinstance(norm_groups, bool) or not isinstance(norm_groups, int) or norm_groups < 1:

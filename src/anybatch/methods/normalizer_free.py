@@ -12,8 +12,8 @@ from anybatch.methods.activation_gain import ScaledActivation, activation_gain
 from anybatch.methods.parameters import classifier
 from anybatch.methods.residual import Join
 from anybatch.methods.scaled_weight_standardization import EpsRule, sws
-from anybatch.methods.stochastic_depth import StochasticDepth, check_probability
-from anybatch.scheme import Scheme, check_flag, check_number
+from anybatch.methods.stochastic_depth import StochasticDepth
+from anybatch.scheme import Scheme, check_flag, check_number, check_rate
 
 
 class NormalizerFreeJoin(Join):
@@ -204,7 +204,7 @@ def nf(
     check_number("alpha", alpha)
     if skip_gain is not None:
         check_number("skip_gain", skip_gain)
-    check_probability("drop_path", drop_path)
+    check_rate("drop_path", drop_path)
     check_flag("scale_by_keep", scale_by_keep)
     check_flag("released", released)
     check_flag("fold_gain", fold_gain)

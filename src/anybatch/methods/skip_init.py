@@ -44,6 +44,9 @@ class SkipInitRule:
 
 
 def skipinit(*, gain: float = 0.0) -> Scheme:
-    """SkipInit: plain convolutions with biases, each residual branch times a learnable number that starts at 0."""
+    """SkipInit: plain convolutions with biases, each residual branch times a learnable number that starts at 0.
+
+    The release starts the classifier at 0 too; here it starts as the network has it.
+    """
     check_number("gain", gain)
     return Scheme(name="skipinit", residual=partial(SkipInitRule, gain=gain), sources=("arXiv:2002.10444",))

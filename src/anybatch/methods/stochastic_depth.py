@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-
-def check_probability(name: str, value: float) -> None:
-    """Raise a `ValueError` unless a probability to drop is in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name}={value!r} is not a probability from 0 to below 1; at 1 no branch would be left")
+from anybatch.scheme import check_rate
 
 
 def stochastic_depth(branch: Tensor, p: float, *, training: bool = True, scale_by_keep: bool = False) -> Tensor:
@@ -36,7 +32,7 @@ def stochastic_depth(branch: Tensor, p: float, *, training: bool = True, scale_b
         Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382, eq. 2; for each sample and unscaled:
         the released code of Brock et al. 2021, arXiv:2102.06171.
     """
-    check_probability("p", p)
+    check_rate("p", p)
     if p == 0 or not training:
         return branch
     mask = branch.new_empty((branch.shape[0], *(1 for _ in branch.shape[1:]))).bernoulli_(1 - p)
@@ -66,7 +62,7 @@ class StochasticDepth(nn.Module):
 
     def __init__(self, p: float, *, scale_by_keep: bool = False) -> None:
         super().__init__()
-        check_probability("p", p)
+        check_rate("p", p)
         self.p = p
         self.scale_by_keep = scale_by_keep
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.methods.stochastic_depth import StochasticDepth, check_probability
+from anybatch.methods.stochastic_depth import StochasticDepth
 from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_rate
 from anybatch.schemes import scheme as parse_scheme
 
 
@@ -122,7 +122,7 @@ class ConvNeXt(Network):
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
-        check_probability("drop_path_rate", drop_path_rate)
+        check_rate("drop_path_rate", drop_path_rate)
         pieces = Pieces(scheme, blocks=sum(depths), act=nn.GELU)
         halving = None if downsampling is None else Pieces(downsampling)
         self.in_chans = in_chans
