@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from anybatch.files import replace_file, write_file
 from anybatch.recipe import Recipe
+from anybatch.suggest import listed
 
 _STATE = "anybatch_state"
 MODEL, FACTS, RESUME = "model.safetensors", "model.json", "resume.safetensors"
@@ -44,7 +45,7 @@ class ModelFacts:
     version: str
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors whole or not at all; tensors that share memory are written twice."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
@@ -55,7 +56,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
 def save_model(model: nn.Module, facts: ModelFacts, folder: Path) -> None:
     """Write ``model.safetensors`` and ``model.json`` into the folder."""
-    _save_tensors(model.state_dict(), folder / MODEL)
+    save_tensors(model.state_dict(), folder / MODEL)
     write_file(folder / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
 
 
@@ -95,9 +96,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str)
         "unexpected": sorted(weights.keys() - own.keys()),
         "of another shape": sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape),
     }
-    told = [
-        f"{what}: {', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}" for what, keys in faults.items() if keys
-    ]
+    told = [f"{what}: {listed(keys)}" for what, keys in faults.items() if keys]
     if told:
         raise ValueError(f"{where} holds another network's weights; {'; '.join(told)}")
     model.load_state_dict(dict(weights))
@@ -107,7 +106,7 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
     """Write nested dictionaries, lists, tuples, numbers, texts and tensors into one file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, tensors)
-    _save_tensors(tensors, path, {_STATE: json.dumps(tree)})
+    save_tensors(tensors, path, {_STATE: json.dumps(tree)})
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -29,6 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+convert = typer.Typer(help="Bring weights from one library to another.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
 err = Console(stderr=True)  # progress and messages; standard output holds results alone
 out_console = Console()
 
@@ -472,6 +475,65 @@ def predict(
         classes = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in item["classes"])
         table.add_row(escape(item["file"]), escape(classes))
     out_console.print(table)
+
+
+@convert.command(name="weights")
+def convert_weights(
+    source: Annotated[Path, typer.Argument(help="A .safetensors, .npz, .pt, .pth, .bin or .tar file.")],
+    model: Annotated[str, typer.Option("--model", help="The network's name here; see anybatch list --models.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    scheme: Annotated[str | None, typer.Option(help="How it normalizes; the network's own by default.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="torchvision, timm, knresnet, ws, mmcv, deepmind, bit or anybatch; auto tries them all.")
+    ] = "auto",
+    to: Annotated[str, typer.Option(help="Names in the file: anybatch, timm or torchvision.")] = "anybatch",
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, help="Refuse other numbers of classes; 0 leaves the classifier out.")
+    ] = None,
+    in_chans: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 3,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="An option of the network, as in --option stem=bit; repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """A checkpoint of another library or a release as one of ours, or for timm."""
+    from anybatch.checkpoint import save_tensors
+    from anybatch.models import export_weights, load_weights, model_entry
+    from anybatch.recipe import Recipe
+    from anybatch.suggest import listed
+
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {out}")
+    changes = {"model.name": model, "model.scheme": scheme or model_entry(model).scheme}
+    base = Recipe().replace({"model.options": {}})
+    made = _recipe(base, None, None, [f"model.options.{option}" for option in options or []], **changes).model
+    classes = 1 if num_classes is None else num_classes
+    network: Any = made.build(num_classes=classes, in_chans=in_chans)
+    told = load_weights(network, source, layout=layout, classifier="adapt" if num_classes is None else "load")
+    tensors = network.state_dict() if to == "anybatch" else export_weights(network, to)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"model": made.name, "scheme": made.scheme, "options": json.dumps(made.options), "layout": to}
+    save_tensors(tensors, out, facts)
+    if as_json:
+        mapped = {"mapped": told.mapped, "set_anew": told.missing, "unused": told.unused, "note": told.note}
+        counted = {"classes": network.num_classes, "tensors": len(tensors)}
+        _print_json({"out": str(out), **facts, "options": made.options, "from": told.layout, **counted, **mapped})
+        return
+    renamed = sum(ours != theirs for ours, theirs in told.mapped.items())
+    out_console.print(
+        f"{out}: {len(tensors)} tensors of {made.name} with {made.scheme} and {network.num_classes} classes, from "
+        f"layout {told.layout} to {to}; {renamed} of {len(told.mapped)} have other names here",
+        markup=False,
+        highlight=False,
+    )
+    if told.unused:
+        out_console.print(f"not used: {listed(told.unused)}", markup=False, highlight=False)
+    if told.missing:
+        out_console.print(f"not in the source: {listed(told.missing)}", markup=False, highlight=False)
+    if told.note:
+        out_console.print(f"the same outputs as there take: {told.note}", markup=False, highlight=False)
 
 
 @app.command(name="list")

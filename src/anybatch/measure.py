@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> int:
     """Multiply-adds of convolutions and matrix products in a forward pass over ``x``, in evaluation mode."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it loads triton
+
     was_training = model.training
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -207,7 +207,7 @@ def test_first_weights_are_hes_normal_and_follow_the_seed(scheme: str) -> None:
         ("resnet18", {"groups": 2}, "unknown option of resnet18 'groups'"),
         ("resnet18", {"in_chans": 0}, "in_chans must be 1 or more, got 0"),
         ("resnet18", {"num_classes": -1}, "num_classes must be 0 or more, got -1"),
-        ("resnet18", {"stem": "ImageNet"}, "stem must be 'imagenet' or 'cifar', got 'ImageNet'"),
+        ("resnet18", {"stem": "ImageNet"}, "stem must be 'imagenet', 'cifar' or 'bit', got 'ImageNet'"),
         ("resnet18", {"width": 0}, "width must be 1 or more, got 0"),
         ("resnet18", {"scheme": "gm"}, "unknown part 'gm'"),
         ("resnet18", {"scheme": "ws"}, r"'ws' needs a norm after its convolutions; write ws\+gn"),

@@ -7,3 +7,5 @@ from anybatch.models.registry import list_models as list_models
 from anybatch.models.registry import model_entry as model_entry
 from anybatch.models.registry import model_options as model_options
 from anybatch.models.registry import register_model as register_model
+from anybatch.models.weights import export_weights as export_weights
+from anybatch.models.weights import load_weights as load_weights

@@ -156,7 +156,8 @@ class ResNet(Network):
         num_classes: Outputs of the classifier; 0 for none, which gives pooled features.
         in_chans: Channels of the input.
         width: Channels of the first stage, before a bottleneck's expansion by 4.
-        stem: ``"imagenet"`` (7 x 7 stride 2, then pooling: 1/4 of the size) or ``"cifar"`` (3 x 3, full size).
+        stem: ``"imagenet"`` (7 x 7 stride 2, then pooling: 1/4 of the size), ``"cifar"`` (3 x 3, full size) or
+            ``"bit"``, as ``"imagenet"`` with zeros around what is pooled, for BiT's weights.
         groups: Groups of the 3 x 3 convolution in bottlenecks (ResNeXt's cardinality).
         base_width: Channels of that convolution per 64 channels of the stage and per group.
         zero_init_residual: Whether the last norm of each branch starts with scale 0, so that a block starts as the
@@ -197,14 +198,16 @@ class ResNet(Network):
             raise ValueError(f"width must be 1 or more, got {width}")
         pieces = Pieces(scheme, blocks=sum(depths), zero_init_residual=zero_init_residual, act=act)
         self.in_chans = in_chans
-        if stem == "imagenet":
+        if stem in ("imagenet", "bit"):
             self.conv1 = pieces.conv(in_chans, width, 7, 2)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+            self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+            if stem == "bit":  # no activation stands before a pre-activated network's pooling: zeros may be the largest
+                self.maxpool = nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, stride=2))
         elif stem == "cifar":
             self.conv1 = pieces.conv(in_chans, width, 3)
             self.maxpool = nn.Identity()
         else:
-            raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
+            raise ValueError(f"stem must be 'imagenet', 'cifar' or 'bit', got {stem!r}")
         # A pre-activated network normalizes at the start of its blocks and once behind the last.
         self.bn1, self.act1 = (nn.Identity(), nn.Identity()) if block.preactivated else pieces.norm_act(width)
         channels = width
