@@ -155,7 +155,7 @@ def test_compare_prints_one_json_object(call, arrays):
         (["compare", "--lr", "-1"], "optim.lr"),
         (["train", "resnet.yaml"], "cannot read resnet.yaml"),
         (["train", "cifar"], "unknown recipe 'cifar'; did you mean cifar10"),
-        (["train", "--scheme", "kn"], "unknown part 'kn'"),
+            (["train", "--scheme", "knn"], "unknown part 'knn'"),
         (["train", "--precision", "bf16"], "train.precision"),
         (["eval", "nowhere"], "no checkpoint in nowhere"),
         (["predict", "nowhere", "a.png"], "no checkpoint in nowhere"),
