@@ -174,11 +174,11 @@ def test_linear_layers_that_do_not_classify_keep_the_variance() -> None:
 
 
 def test_rates_of_stochastic_depth_rise_to_the_rate_asked_for() -> None:
-    model = anybatch.create_model("resnet20", "nf(drop_path=0.27)", num_classes=10)
+    model = anybatch.create_model("resnet20", "nf", num_classes=10, drop_path_rate=0.27)
     found = [join.drop for join in joins(model)]
     assert found[0] is None
-    assert [drop.p for drop in found[1:] if drop] == pytest.approx([0.27 * i / 9 for i in range(1, 9)])
-    assert {drop.scale_by_keep for drop in found[1:] if drop} == {False}
+    assert [drop.p for drop in found[1:]] == pytest.approx([0.27 * i / 9 for i in range(1, 9)])
+    assert {drop.scale_by_keep for drop in found[1:]} == {False}
 
 
 def test_without_stochastic_depth_training_draws_nothing() -> None:
@@ -190,7 +190,8 @@ def test_without_stochastic_depth_training_draws_nothing() -> None:
 
 
 def test_stochastic_depth_comes_before_the_gain() -> None:
-    join = NormalizerFreeJoin(1.0, 1.0, gain=3.0, drop_path=0.5).train()
+    join = NormalizerFreeJoin(1.0, 1.0, gain=3.0).train()
+    join.drop = StochasticDepth(0.5)
     y = join(torch.ones(100, 1), torch.full((100, 1), 10.0))
     assert set(y.flatten().tolist()) == {10.0, 13.0}
     y.sum().backward()
@@ -201,7 +202,7 @@ def test_stochastic_depth_comes_before_the_gain() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nf(drop_path=1)", r"drop_path=1 is not a probability"),
+        ("nf(drop_path=0.1)", r"unknown option of nf 'drop_path'"),
         ("nf(act=rleu)", r"unknown nonlinearity 'rleu'; did you mean relu"),
         ("nf(alpha=-1)", r"alpha=-1 is not a number"),
         ("nf(skip_gain=x)", r"skip_gain='x' is not a number"),

@@ -92,7 +92,7 @@ def test_published_accuracy_is_the_papers() -> None:
 
 
 def test_a_block_by_its_formula() -> None:
-    block = ConvNeXtBlock(Pieces(anybatch.scheme("ln"), act=nn.GELU), 8, layer_scale=0.5, drop_path=0.0)
+    block = ConvNeXtBlock(Pieces(anybatch.scheme("ln"), act=nn.GELU), 8, layer_scale=0.5)
     x = torch.randn(2, 8, 9, 7)
     depthwise, norm, wide, _, narrow = block.block
     assert depthwise.weight.shape == (8, 1, 7, 7)
@@ -190,7 +190,7 @@ def test_features() -> None:
 
 def test_evaluation_leaves_nothing_out() -> None:
     model, x = small(drop_path_rate=0.5), torch.randn(8, 3, 32, 32)
-    assert [m.p for m in model.modules() if isinstance(m, StochasticDepth)] == pytest.approx([0, 1 / 6, 1 / 3, 0.5])
+    assert [m.p for m in model.modules() if isinstance(m, StochasticDepth)] == pytest.approx([1 / 6, 1 / 3, 0.5])
     assert not torch.equal(model.train()(x), model(x))
     torch.testing.assert_close(model.eval()(x), model(x), rtol=0, atol=0)
 

@@ -408,7 +408,7 @@ def test_entries() -> None:
     assert {model_entry(name).size for name in PRIVATE} == {32}
     assert all("our reading" in model_entry(name).about for name in KN_TWINS)
     assert len(KN_TWINS) == 8
-    assert set(model_options("knresnet18")) == {"width", "stem", "mac_matched", "act", "drop_rate"}
+    assert set(model_options("knresnet18")) == {"width", "stem", "mac_matched", "act", "drop_rate", "drop_path_rate"}
 
 
 @pytest.mark.parametrize(

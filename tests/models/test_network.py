@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import anybatch
+from anybatch.methods.residual import Join
+from anybatch.methods.stochastic_depth import StochasticDepth
+from anybatch.models import model_entry
 from anybatch.models.network import FeaturePyramid, Network
 from helpers import assert_same_gradients, gradients
 
@@ -93,6 +96,62 @@ def test_dropout_before_the_classifier_drops_in_training_alone() -> None:
     torch.testing.assert_close(model.eval()(x), model(x), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"drop_rate must be in \[0, 1\), got 1"):
         network(drop_rate=1.0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "knresnet18", "nfnet_f0", "nf_regnet_b0"])
+@pytest.mark.parametrize("scheme", ["gn:auto", "skipinit", "nf"])
+def test_rates_of_stochastic_depth_rise_from_block_to_block(name: str, scheme: str) -> None:
+    with torch.device("meta"):
+        model = anybatch.create_model(name, scheme, num_classes=4, drop_path_rate=0.4)
+        plain = anybatch.create_model(name, scheme, num_classes=4)
+    found = [m.drop for m in model.modules() if isinstance(m, Join)]
+    assert len(found) >= 6
+    assert found[0] is None
+    assert [drop.p for drop in found[1:]] == pytest.approx([0.4 * i / len(found) for i in range(1, len(found))])
+    assert {drop.scale_by_keep for drop in found[1:]} == {scheme != "nf"}
+    assert not any(isinstance(m, StochasticDepth) for m in plain.modules())
+
+
+def test_stochastic_depth_leaves_out_branches_of_single_samples() -> None:
+    x = torch.randn(1, 3, 32, 32).expand(64, 3, 32, 32)
+    model = network(drop_path_rate=0.5)
+    outputs = model(x).detach()
+    assert 4 < len(outputs.unique(dim=0)) < 64  # 7 of the 8 blocks drop, by themselves in each sample
+    torch.testing.assert_close(model.eval()(x), network().eval()(x), rtol=0, atol=0)
+    model.train().requires_grad_(False)
+    for join in (m for m in model.modules() if isinstance(m, Join)):
+        join.drop = StochasticDepth(0.5, scale_by_keep=True)
+        torch.manual_seed(1)
+        y = join(torch.ones(2000, 1), torch.full((2000, 1), 10.0))
+        assert set(y.flatten().tolist()) == {10.0, 12.0}
+        assert y.mean().item() == pytest.approx(11, abs=5 / 2000**0.5)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1])
+def test_other_rates_of_stochastic_depth_are_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"drop_path_rate=.* is not a probability from 0 to below 1"):
+        network(drop_path_rate=rate)
+
+
+@pytest.mark.parametrize("name", ["in_chans", "num_classes"])
+@pytest.mark.parametrize("wrong", [-1, 2.0, "3", True, None])
+def test_numbers_of_channels_and_classes_are_whole(name: str, wrong: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of [01] or more, got {wrong!r}"):
+        anybatch.create_model("resnet8", **{name: wrong})  # pyright: ignore[reportArgumentType]
+
+
+def test_every_family_refuses_images_smaller_than_its_stride() -> None:
+    families = {model_entry(name).family: name for name in reversed(anybatch.list_models())}
+    for name in families.values():
+        with torch.device("meta"):
+            model = anybatch.create_model(name)
+            assert isinstance(model, Network)
+            least = model.min_size or model.levels[-1].reduction
+            if least > 1:
+                with pytest.raises(ValueError, match=f"with sides of {least} pixels or more, got shape"):
+                    model(torch.zeros(1, 3, least - 1, 64))
+            with pytest.raises(ValueError, match=r"takes \(N, 3, H, W\) .* got shape \(1, 4, 64, 64\)"):
+                model(torch.zeros(1, 4, 64, 64))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 1, 64, 64), (3, 64, 64)], ids=str)

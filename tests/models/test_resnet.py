@@ -97,7 +97,7 @@ def test_no_classes_gives_pooled_features() -> None:
 
 
 def test_width_and_stem_are_the_networks_options() -> None:
-    assert set(model_options("resnet18")) == {"width", "stem", "zero_init_residual", "drop_rate"}
+    assert set(model_options("resnet18")) == {"width", "stem", "zero_init_residual", "drop_rate", "drop_path_rate"}
     model = anybatch.create_model("resnet18", "bn", num_classes=3, width=8, stem="cifar")
     assert model.conv1.weight.shape == (8, 3, 3, 3)
     assert model.forward_features(torch.zeros(2, 3, 16, 16)).shape == (2, 64, 2, 2)
@@ -202,11 +202,11 @@ def test_first_weights_are_hes_normal_and_follow_the_seed(scheme: str) -> None:
         (
             "resnet18",
             {"widht": 8},
-            r"unknown option of resnet18 'widht'; did you mean width\? Known: drop_rate, stem, width",
+            r"unknown option of resnet18 'widht'; did you mean width\? Known: drop_path_rate, drop_rate, stem",
         ),
         ("resnet18", {"groups": 2}, "unknown option of resnet18 'groups'"),
-        ("resnet18", {"in_chans": 0}, "in_chans must be 1 or more, got 0"),
-        ("resnet18", {"num_classes": -1}, "num_classes must be 0 or more, got -1"),
+        ("resnet18", {"in_chans": 0}, "in_chans must be a whole number of 1 or more, got 0"),
+        ("resnet18", {"num_classes": -1}, "num_classes must be a whole number of 0 or more, got -1"),
         ("resnet18", {"stem": "ImageNet"}, "stem must be 'imagenet', 'cifar' or 'bit', got 'ImageNet'"),
         ("resnet18", {"width": 0}, "width must be 1 or more, got 0"),
         ("resnet18", {"scheme": "gm"}, "unknown part 'gm'"),

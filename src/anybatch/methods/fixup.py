@@ -75,7 +75,7 @@ class FixupJoin(Join):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
+    def combine(self, branch: Tensor, skip: Tensor) -> Tensor:
         return skip + self.scale * branch
 
 

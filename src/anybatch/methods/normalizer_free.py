@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,7 @@ from anybatch.methods.activation_gain import ScaledActivation, activation_gain
 from anybatch.methods.parameters import classifier
 from anybatch.methods.residual import Join
 from anybatch.methods.scaled_weight_standardization import EpsRule, sws
-from anybatch.methods.stochastic_depth import StochasticDepth
-from anybatch.scheme import Scheme, check_flag, check_number, check_rate
+from anybatch.scheme import Scheme, check_flag, check_number
 
 
 class NormalizerFreeJoin(Join):
@@ -21,13 +21,12 @@ class NormalizerFreeJoin(Join):
 
     beta is the standard deviation that ``x`` is expected to have when training starts, so that the branch takes
     variance 1; the branch keeps it, and what it adds has variance alpha² times the learnable number ``gain`` squared.
+    Stochastic depth does not scale what it keeps, as in the released code.
 
     Args:
         alpha: Standard deviation of what a branch adds at gain 1.
         beta: Expected standard deviation of the block's input.
         gain: Where the learnable number starts; None for none, which is 1 for good.
-        drop_path: Probability to leave the branch out for a sample in training.
-        scale_by_keep: As in `StochasticDepth`.
         transition: Whether the block's skip connection is a projection.
 
     Source:
@@ -35,16 +34,9 @@ class NormalizerFreeJoin(Join):
         Brock et al. 2021, arXiv:2102.06171, section 3, and its released code.
     """
 
-    def __init__(
-        self,
-        alpha: float,
-        beta: float,
-        *,
-        gain: float | None = 0.0,
-        drop_path: float = 0.0,
-        scale_by_keep: bool = False,
-        transition: bool = False,
-    ) -> None:
+    scale_by_keep: ClassVar[bool] = False
+
+    def __init__(self, alpha: float, beta: float, *, gain: float | None = 0.0, transition: bool = False) -> None:
         super().__init__()
         self.alpha = alpha
         self.beta = beta
@@ -52,14 +44,11 @@ class NormalizerFreeJoin(Join):
         self.post_activated = False
         # Without dimensions, so that a product under autocast keeps the branch's dtype.
         self.gain = None if gain is None else nn.Parameter(torch.tensor(float(gain)))
-        self.drop = StochasticDepth(drop_path, scale_by_keep=scale_by_keep) if drop_path else None
 
     def prepare(self, x: Tensor) -> Tensor:
         return x if self.beta == 1 else x * (1 / self.beta)
 
-    def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
-        if self.drop is not None:
-            branch = self.drop(branch)
+    def combine(self, branch: Tensor, skip: Tensor) -> Tensor:
         return skip + (self.alpha if self.gain is None else self.alpha * self.gain) * branch
 
     def activation(self, act: nn.Module) -> nn.Module:
@@ -105,32 +94,19 @@ class NormalizerFreeRule:
         blocks: Number of residual blocks.
         alpha: Standard deviation of what a branch adds at gain 1.
         skip_gain: Where each join's learnable number starts.
-        drop_path: Rate of stochastic depth; block i of n, from 0, drops with probability ``drop_path * i / n``.
-        scale_by_keep: As in `StochasticDepth`.
 
     Source:
-        Brock, De and Smith 2021, arXiv:2101.08692, section 3; rates of stochastic depth: the released code of
-        arXiv:2102.06171.
+        Brock, De and Smith 2021, arXiv:2101.08692, section 3.
 
     >>> rule = NormalizerFreeRule(3)
     >>> [round(rule(transition).beta ** 2, 2) for transition in (True, False, True)]
     [1.0, 1.04, 1.08]
     """
 
-    def __init__(
-        self,
-        blocks: int,
-        *,
-        alpha: float = 0.2,
-        skip_gain: float | None = 1.0,
-        drop_path: float = 0.0,
-        scale_by_keep: bool = False,
-    ) -> None:
+    def __init__(self, blocks: int, *, alpha: float = 0.2, skip_gain: float | None = 1.0) -> None:
         self.blocks = blocks
         self.alpha = alpha
         self.skip_gain = skip_gain
-        self.drop_path = drop_path
-        self.scale_by_keep = scale_by_keep
         self.variance = 1.0
         """Expected of the next block's input."""
         self._made = 0
@@ -140,14 +116,7 @@ class NormalizerFreeRule:
         if self._made >= self.blocks:
             raise ValueError(f"the rule was told of {self.blocks} residual blocks, and is asked for another join")
         self._count_last()
-        join = NormalizerFreeJoin(
-            self.alpha,
-            math.sqrt(self.variance),
-            gain=self.skip_gain,
-            drop_path=self.drop_path * self._made / self.blocks,
-            scale_by_keep=self.scale_by_keep,
-            transition=transition,
-        )
+        join = NormalizerFreeJoin(self.alpha, math.sqrt(self.variance), gain=self.skip_gain, transition=transition)
         self._made += 1
         self._last = join
         return join
@@ -180,8 +149,6 @@ def nf(
     act: str = "relu",
     *,
     skip_gain: float | None = 1.0,
-    drop_path: float = 0.0,
-    scale_by_keep: bool = False,
     released: bool = False,
     fold_gain: bool = False,
     eps_rule: EpsRule = "max",
@@ -194,8 +161,6 @@ def nf(
         skip_gain: Where the learnable number of each branch starts. The published networks start it at 0, and have it
             in their own scheme; for short runs and small learning rates, in which AGC hardly lets a number leave 0,
             and in differentially private training it starts at 1. None for no such number, as in most of timm's.
-        drop_path: Rate of stochastic depth in the last block; it grows from 0 in the first.
-        scale_by_keep: Whether stochastic depth divides by the probability to keep, as timm does and the release not.
         released: Whether gains of activations are the constants of DeepMind's release, to load its weights.
         fold_gain: Whether the gain multiplies every filter, the stem's too, in place of the activations, to load timm's
             weights of all but the ``dm_nfnet`` networks.
@@ -204,8 +169,6 @@ def nf(
     check_number("alpha", alpha)
     if skip_gain is not None:
         check_number("skip_gain", skip_gain)
-    check_rate("drop_path", drop_path)
-    check_flag("scale_by_keep", scale_by_keep)
     check_flag("released", released)
     check_flag("fold_gain", fold_gain)
     gain = activation_gain(act, released=released)
@@ -213,13 +176,7 @@ def nf(
         name="nf",
         conv=sws(gamma=gain if fold_gain else 1.0, eps=1e-5 if eps_rule == "add" else 1e-4, eps_rule=eps_rule).conv,
         act=partial(ScaledActivation, act, gain=1.0 if fold_gain else gain),
-        residual=partial(
-            NormalizerFreeRule,
-            alpha=alpha,
-            skip_gain=skip_gain,
-            drop_path=drop_path,
-            scale_by_keep=scale_by_keep,
-        ),
+        residual=partial(NormalizerFreeRule, alpha=alpha, skip_gain=skip_gain),
         init=normalizer_free_init,
         sources=("arXiv:2101.08692", "arXiv:2102.06171"),
     )

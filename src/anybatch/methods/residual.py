@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 
@@ -9,14 +11,26 @@ class Join(nn.Module):
     """``branch + skip``, the plain join. The joins of residual rules derive from this one.
 
     A block asks its join three times: `prepare` for what its branch and its projection take, `forward` where the two
-    meet, and once, when it is built, `activation` for what stands behind the join.
+    meet, and once, when it is built, `activation` for what stands behind the join. Rules override `combine`.
     """
+
+    scale_by_keep: ClassVar[bool] = True
+    """Whether stochastic depth in front of this join scales what it keeps; see `StochasticDepth`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop: nn.Module | None = None
+        """Stochastic depth of the branch, which the network sets where it has it."""
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the branch takes, and the projection of a block that has one, in place of ``x``."""
         return x
 
     def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
+        return self.combine(branch if self.drop is None else self.drop(branch), skip)
+
+    def combine(self, branch: Tensor, skip: Tensor) -> Tensor:
+        """The sum, of a branch that stochastic depth has passed."""
         return branch + skip
 
     def activation(self, act: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ class SkipInitJoin(Join):
         # Without dimensions, so that a product under autocast keeps the branch's dtype.
         self.gain = nn.Parameter(torch.tensor(float(gain)))
 
-    def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
+    def combine(self, branch: Tensor, skip: Tensor) -> Tensor:
         return skip + self.gain * branch
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from anybatch.methods.residual import Join
-from anybatch.scheme import Scheme
+from anybatch.methods.stochastic_depth import StochasticDepth
+from anybatch.scheme import Scheme, check_rate
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -22,9 +23,14 @@ class Pieces:
         blocks: Number of residual blocks, which a residual rule is told when it is made.
         zero_init_residual: Whether the last norm of each residual branch starts with scale 0.
         act: The network's own activation, where the scheme brings none; None for in-place ReLU.
+        drop_path_rate: Of stochastic depth: block i of n, from 0, leaves its branch out for a sample in training with
+            probability ``drop_path_rate * i / n``, as in the released code of arXiv:2102.06171. What is kept is scaled,
+            as in timm and torchvision, unless the scheme's join says otherwise: ``nf`` does not scale.
+        full_rate_last: Whether the rates rise to ``drop_path_rate`` itself in the last block, by ``i / (n - 1)``, as in
+            ConvNeXt.
 
     Raises:
-        ValueError: If the scheme lacks a part it needs.
+        ValueError: If the scheme lacks a part it needs, or the rate is not in [0, 1).
     """
 
     def __init__(
@@ -35,12 +41,17 @@ class Pieces:
         blocks: int = 0,
         zero_init_residual: bool = False,
         act: Callable[[], nn.Module] | None = None,
+        drop_path_rate: float = 0.0,
+        full_rate_last: bool = False,
     ) -> None:
         scheme.check_complete()
+        check_rate("drop_path_rate", drop_path_rate)
         self.scheme = scheme
         self.dims = dims
         self.zero_init_residual = zero_init_residual
         self._act = scheme.act or act
+        self._drop_path_step = drop_path_rate / max(blocks - full_rate_last, 1)
+        self._joins = 0
         self._join: Callable[[bool], Join] | None = None if scheme.residual is None else scheme.residual(blocks)
 
     def _of_dims(self, factory: Any) -> Any:
@@ -112,7 +123,11 @@ class Pieces:
         Args:
             transition: Whether the block's skip connection is a projection.
         """
-        return Join() if self._join is None else self._join(transition)
+        join = Join() if self._join is None else self._join(transition)
+        if rate := self._drop_path_step * self._joins:
+            join.drop = StochasticDepth(rate, scale_by_keep=join.scale_by_keep)
+        self._joins += 1
+        return join
 
     def init(self, model: nn.Module, default: Callable[[nn.Module], None] | None = None) -> None:
         """Initialize a finished model as the scheme does.

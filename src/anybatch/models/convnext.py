@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.methods.stochastic_depth import StochasticDepth
 from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme, check_rate
+from anybatch.scheme import Scheme
 from anybatch.schemes import scheme as parse_scheme
 
 
@@ -29,10 +28,9 @@ class ConvNeXtBlock(nn.Module):
         pieces: The network's pieces.
         channels: Of input and output.
         layer_scale: Where the scales start.
-        drop_path: Probability to leave the branch out for a sample in training.
     """
 
-    def __init__(self, pieces: Pieces, channels: int, *, layer_scale: float, drop_path: float) -> None:
+    def __init__(self, pieces: Pieces, channels: int, *, layer_scale: float) -> None:
         super().__init__()
         # Numbered as in torchvision, where 1 and 6 turn the dimensions.
         self.block = nn.Sequential(
@@ -47,13 +45,12 @@ class ConvNeXtBlock(nn.Module):
             )
         )
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), layer_scale))
-        self.stochastic_depth = StochasticDepth(drop_path, scale_by_keep=True)
         self.join = pieces.join()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.block(self.join.prepare(x))
         h = (self.layer_scale * h).to(h.dtype)  # the scale is wider than h under autocast
-        return self.join(self.stochastic_depth(h), x)
+        return self.join(h, x)
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] (torch passes all by position)
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any
@@ -122,11 +119,9 @@ class ConvNeXt(Network):
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
-        check_rate("drop_path_rate", drop_path_rate)
-        pieces = Pieces(scheme, blocks=sum(depths), act=nn.GELU)
+        pieces = Pieces(scheme, blocks=sum(depths), act=nn.GELU, drop_path_rate=drop_path_rate, full_rate_last=True)
         halving = None if downsampling is None else Pieces(downsampling)
         self.in_chans = in_chans
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         channels, levels = width, []
         self.features = nn.Sequential()
         for i, depth in enumerate(depths):
@@ -138,9 +133,7 @@ class ConvNeXt(Network):
                 conv = (halving or pieces).conv(channels, 2 * channels, 2, 2, padding=0, bias=True)
                 self.features.append(nn.Sequential(*before, conv))
                 channels *= 2
-            blocks = [
-                ConvNeXtBlock(pieces, channels, layer_scale=layer_scale, drop_path=rates.pop(0)) for _ in range(depth)
-            ]
+            blocks = [ConvNeXtBlock(pieces, channels, layer_scale=layer_scale) for _ in range(depth)]
             self.features.append(nn.Sequential(*blocks))
             levels.append(Level((f"features.{2 * i}", f"features.{2 * i + 1}"), channels, 4 * 2**i))
         self.levels = tuple(levels)

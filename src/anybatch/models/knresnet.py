@@ -204,6 +204,7 @@ class KNResNet(_KNNet):
         positions: To how many positions a side the last map is pooled.
         act: The network's own activation, where the scheme brings none; None for ReLU.
         drop_rate: Dropout before the classifier.
+        drop_path_rate: Of stochastic depth; see `anybatch.models.blocks.Pieces`.
         init: First weights, where the scheme has none; None for the release's: convolutions by He's normal over
             fan-out, biases 0. (The release leaves 1 x 1 convolutions and all linear weights as torch draws them; here
             only the latter.)
@@ -232,9 +233,11 @@ class KNResNet(_KNNet):
         positions: int = 1,
         act: Callable[[], nn.Module] | None = None,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         init: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        pieces = Pieces(scheme, blocks=sum(stage.depth for stage in stages), act=act)
+        blocks = sum(stage.depth for stage in stages)
+        pieces = Pieces(scheme, blocks=blocks, act=act, drop_path_rate=drop_path_rate)
         pads = (tail_padding, tail_padding, tail_padding, tail_padding)
         super().__init__(
             pieces,
@@ -357,6 +360,7 @@ def _knresnet(depth: int, ratio: float, published: float) -> None:
         mac_matched: bool = False,
         act: str = "relu",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> Network:
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
@@ -376,6 +380,7 @@ def _knresnet(depth: int, ratio: float, published: float) -> None:
             tail_padding=int(stem == "cifar"),
             act=named_act(act),
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
         )
         if tail is not None:  # what leaves one position to the last convolution, or two where it pads none
             model.min_size = 16 if stem == "cifar" else 93

@@ -216,6 +216,7 @@ class NormalizerFreeNet(Network):
         num_classes: Outputs of the classifier; 0 for none, which gives pooled features.
         in_chans: Channels of the input.
         drop_rate: Dropout before the classifier.
+        drop_path_rate: Of stochastic depth; see `anybatch.models.blocks.Pieces`.
 
     Source:
         Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization", arXiv:2102.06171,
@@ -241,12 +242,13 @@ class NormalizerFreeNet(Network):
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if shape.padding not in ("same", "symmetric"):
             raise ValueError(f"padding must be 'same' or 'symmetric', got {shape.padding!r}")
         self.in_chans = in_chans
-        pieces = Pieces(scheme, blocks=sum(depths))
+        pieces = Pieces(scheme, blocks=sum(depths), drop_path_rate=drop_path_rate)
         if stem == "deep":
             self.stem = DeepStem(pieces, in_chans, stem_channels, shape.padding)
         else:
@@ -294,6 +296,7 @@ def _nfnet(name: str, doc: str, level: int, *, wide: bool, top1: float | None) -
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         padding: Padding = "same",
         pool_gain: float = 1.0,
     ) -> Network:
@@ -310,6 +313,7 @@ def _nfnet(name: str, doc: str, level: int, *, wide: bool, top1: float | None) -
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
         )
 
     build.__name__, build.__doc__ = name, doc
@@ -329,6 +333,7 @@ def _nf_resnet(depth: int, depths: Sequence[int]) -> None:
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         padding: Padding = "same",
         pooled: bool = False,
         se_ratio: float = 0.0,
@@ -346,6 +351,7 @@ def _nf_resnet(depth: int, depths: Sequence[int]) -> None:
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
         )
 
     build.__name__, build.__doc__ = f"nf_resnet{depth}", f"NF-ResNet-{depth}."
@@ -371,6 +377,7 @@ def _nf_regnet(level: int, widths: Sequence[int], depths: Sequence[int], train: 
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         padding: Padding = "same",
         pool_gain: float = 1.0,
         round_to: int = 1,
@@ -391,6 +398,7 @@ def _nf_regnet(level: int, widths: Sequence[int], depths: Sequence[int], train: 
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
         )
 
     build.__name__, build.__doc__ = f"nf_regnet_b{level}", f"NF-RegNet-B{level}."

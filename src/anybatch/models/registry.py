@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -143,10 +144,9 @@ def create_model(
         if wanted in (int, str, bool, float) and type(got) is not wanted:
             kind = {int: "a whole number", str: "a text", bool: "true or false", float: "a number"}[wanted]
             raise ValueError(f"option {option} of {name} must be {kind}, got {got!r}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
-    if in_chans < 1:
-        raise ValueError(f"in_chans must be 1 or more, got {in_chans}")
+    for argument, got, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
+        if isinstance(got, bool) or not isinstance(got, Integral) or got < least:
+            raise ValueError(f"{argument} must be a whole number of {least} or more, got {got!r}")
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={out_indices!r} goes with features_only=True")
     made = parse_scheme(entry.scheme if scheme is None else scheme)
@@ -156,13 +156,18 @@ def create_model(
         raise ValueError(f"model {name!r} with scheme {made.name!r}: {error}") from None
     if not isinstance(model, Network):
         raise TypeError(f"model {name!r} is no Network but a {type(model).__name__}")
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if in_chans == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     model.default_cfg = {
         "architecture": name,
         "scheme": made.name,
+        "options": options,
         "input_size": (in_chans, entry.size, entry.size),
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": mean,
+        "std": std,
         "interpolation": "bicubic",
+        "crop_pct": 0.875 if entry.size > 64 else 1.0,
         "classifier": model.classifier_name,
         "num_classes": num_classes,
     }

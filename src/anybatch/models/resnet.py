@@ -163,6 +163,7 @@ class ResNet(Network):
         zero_init_residual: Whether the last norm of each branch starts with scale 0, so that a block starts as the
             identity. Off as in torchvision; the GroupNorm paper has it on for ImageNet, the WS paper off.
         drop_rate: Dropout before the classifier.
+        drop_path_rate: Of stochastic depth; see `anybatch.models.blocks.Pieces`.
         act: The network's own activation, where the scheme brings none; None for ReLU.
 
     Shape:
@@ -191,12 +192,19 @@ class ResNet(Network):
         base_width: int = 64,
         zero_init_residual: bool = False,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         act: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, got {width}")
-        pieces = Pieces(scheme, blocks=sum(depths), zero_init_residual=zero_init_residual, act=act)
+        pieces = Pieces(
+            scheme,
+            blocks=sum(depths),
+            zero_init_residual=zero_init_residual,
+            act=act,
+            drop_path_rate=drop_path_rate,
+        )
         self.in_chans = in_chans
         if stem in ("imagenet", "bit"):
             self.conv1 = pieces.conv(in_chans, width, 7, 2)
@@ -259,6 +267,7 @@ def _resnet(
         stem: str = stem,
         zero_init_residual: bool = False,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> Network:
         return ResNet(
             scheme,
@@ -270,6 +279,7 @@ def _resnet(
             stem=stem,
             zero_init_residual=zero_init_residual,
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
             groups=groups,
             base_width=base_width,
         )

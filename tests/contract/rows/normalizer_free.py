@@ -27,7 +27,7 @@ LAYERS: list[LayerCase] = [
 SCHEMES: list[SchemeCase] = [
     SchemeCase("nf", model="preact_resnet8"),
     SchemeCase("nf+agc"),
-    SchemeCase("nf(drop_path=0.25,scale_by_keep=True)", drops=True),
+    SchemeCase("nf", drops=True, options={"width": 32, "num_classes": 5, "drop_path_rate": 0.25}),
     SchemeCase("skipinit"),
     SchemeCase("fixup"),
 ]
