@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class Network(nn.Module):
     num_classes: int
     in_chans: int
     default_cfg: dict[str, Any]
-    """What images it is meant for (``input_size``, ``mean``, ``std``, ``interpolation``) and where it is from."""
+    """How it was built (``architecture``, ``scheme``, ``options``) and for what images (``input_size``, ``mean``,
+    ``std``, ``interpolation``, ``crop_pct``), with timm's keys; `anybatch.models.transforms` brings images to it."""
     min_size: int | None = None
     """Least side of an image, where it is more than the last level's reduction."""
     grad_checkpointing = False
@@ -127,6 +129,67 @@ class Network(nn.Module):
         Layers that update statistics in training, such as BatchNorm, then update them twice a step.
         """
         self.grad_checkpointing = enable
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """``default_cfg`` under the name by which timm's functions ask for it."""
+        return self.default_cfg
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json``, from which `from_pretrained` builds the network again.
+
+        Args:
+            folder: Where; it is made where it is missing, and files of these names are replaced.
+
+        Raises:
+            ValueError: If the network cannot be built again from name, scheme and options, which is tried.
+        """
+        from anybatch.models import hub
+
+        hub.save_pretrained(self, folder)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, *, revision: str | None = None) -> Network:
+        """The network that `save_pretrained` or `push_to_hub` wrote, in evaluation mode on the CPU; no code is run.
+
+        Args:
+            source: A folder, or ``"someone/something"``, a repository on the Hugging Face Hub, for which
+                huggingface_hub must be installed.
+            revision: Of the repository: a branch, tag or commit.
+
+        Raises:
+            ValueError: If there is no such folder, or a file is missing, damaged or another library's.
+            ImportError: If huggingface_hub is needed and missing.
+        """
+        from anybatch.models import hub
+
+        return hub.from_pretrained(source, revision)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Push model using anybatch",
+        token: str | None = None,
+    ) -> str:
+        """What `save_pretrained` writes, to a repository on the Hugging Face Hub, made where it is missing.
+
+        Args:
+            repo_id: ``"someone/something"``.
+            private: Whether a new repository is; None for the owner's default.
+            commit_message: Of the commit.
+            token: Of the account; None for the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: If huggingface_hub is not installed.
+        """
+        from anybatch.models import hub
+
+        return hub.push_to_hub(self, repo_id, private=private, message=commit_message, token=token)
 
 
 class FeaturePyramid(nn.Module):
