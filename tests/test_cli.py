@@ -128,6 +128,25 @@ def test_compare_prints_one_json_object(call, arrays):
     assert "report: study/report.html" in out
 
 
+def test_eval_and_predict_take_the_models_own_scale_and_size(call, arrays):
+    """Images on 0..1, trained at 16 pixels and evaluated at 20."""
+    changes = ("model.options.width=8", "data.eval_size=20", "data.val_fraction=0.25", "schedule.epochs=1")
+    words = [word for change in changes for word in ("--set", change)]
+    code, _, err = call(
+        "train", "kn-cifar100-quick", "--data", arrays / "two.npz", "--out", "run", "--json", *words,
+        "--set", "data.train_size=null", "--set", "data.val_size=null", "--set", "data.size=16",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads(Path("run/model.json").read_text(encoding="utf-8"))
+    assert (facts["size"], facts["mean"], facts["std"]) == (20, [0, 0, 0], [1, 1, 1])
+    code, told, _ = call("eval", "run", "--json")
+    assert code == 0
+    assert json.loads(told)["error"] == pytest.approx(facts["error"], abs=1e-6)
+    code, told, _ = call("predict", "run", next((arrays / "images" / "val" / "bright").iterdir()), "--json")
+    assert code == 0
+    assert len(json.loads(told)["images"]) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -155,7 +174,7 @@ def test_compare_prints_one_json_object(call, arrays):
         (["compare", "--lr", "-1"], "optim.lr"),
         (["train", "resnet.yaml"], "cannot read resnet.yaml"),
         (["train", "cifar"], "unknown recipe 'cifar'; did you mean cifar10"),
-            (["train", "--scheme", "knn"], "unknown part 'knn'"),
+        (["train", "--scheme", "knn"], "unknown part 'knn'"),
         (["train", "--precision", "bf16"], "train.precision"),
         (["eval", "nowhere"], "no checkpoint in nowhere"),
         (["predict", "nowhere", "a.png"], "no checkpoint in nowhere"),

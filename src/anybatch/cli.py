@@ -441,7 +441,7 @@ def predict(
     from anybatch.methods.filters import reuse_filters
 
     model, facts = checkpoint.load_model(run)
-    if not any(facts.mean):
+    if not any(facts.mean) and facts.recipe["data"].get("normalize") is None:
         raise UserError(
             f"{run} was trained on images that come normalized ({facts.recipe['data']['name']}), a form to which image "
             f"files cannot be brought; train on image files or uint8 arrays to predict"

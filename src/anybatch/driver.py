@@ -96,13 +96,17 @@ class Loaders(L.LightningDataModule):
         self.split, self.recipe = split, recipe
 
     def _loader(self, images: Any, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
+        d = self.recipe.data
+        collate = data.collate
+        if sampler is not None and (d.mixup is not None or d.cutmix is not None):
+            collate = data.Mix(len(self.split.classes), d.mixup, d.cutmix)
         return DataLoader(
             images,
             batch_size,
             sampler=sampler,
             generator=None if sampler is None else sampler.generator,
             num_workers=self.recipe.data.workers,
-            collate_fn=data.collate,  # pyright: ignore[reportArgumentType] (a batch comes whole)
+            collate_fn=collate,  # pyright: ignore[reportArgumentType] (a batch comes whole)
             pin_memory=self._trainer.strategy.root_device.type == "cuda",
             drop_last=sampler is not None,
         )

@@ -68,7 +68,8 @@ def lr_factor(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
     """Share of the peak learning rate at a step: a straight line up to 1, then the course.
 
     Warm-up: ``(step + 1) / (warm + 1)``. Cosine: ``(1 + cos(pi * t)) / 2`` with t from 0 at the end of the warm-up to
-    1 at the end of the run (Loshchilov and Hutter 2016, arXiv:1608.03983, eq. 5, without restarts).
+    1 at the end of the run (Loshchilov and Hutter 2016, arXiv:1608.03983, eq. 5, without restarts), scaled to end at
+    ``floor``. Step: ``factor`` for each of the milestones that lies behind.
 
     >>> lr_factor(Schedule(epochs=2, warmup=0), 5, 5)
     0.5
@@ -79,4 +80,7 @@ def lr_factor(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
         return (step + 1) / (warm + 1)
     if schedule.name == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+    if schedule.name == "step":
+        return schedule.factor ** sum(step >= round(share * total) for share in schedule.milestones)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+    return schedule.floor + (1 - schedule.floor) * cosine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,8 @@ class Model(_Section):
     scheme: str = "ws+gn"
     options: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
     """The network's own arguments, as ``{width: 32, stem: cifar}``."""
+    weights: str | None = None
+    """A file of weights to start from, as `anybatch.models.load_weights` reads it; the classifier starts afresh."""
 
     def build(self, *, num_classes: int, in_chans: int) -> nn.Module:
         """The network, from torch's random state; a `ValueError` as of `anybatch.create_model`."""
@@ -55,6 +58,20 @@ class Data(_Section):
     """Height and width in pixels to which images are brought; None keeps the data set's own."""
     augment: tuple[Literal["crop", "flip", "randaugment"], ...] = ()
     """What happens to training images: random crops, horizontal flips, torchvision's RandAugment."""
+    crop_area: float = Field(default=0.35, gt=0, le=1)
+    """Smallest share of the area that a random crop keeps of an image that is larger than ``size``."""
+    randaugment_layers: int = Field(default=2, ge=1)
+    """Operations that RandAugment applies to an image, one after another."""
+    randaugment_magnitude: int = Field(default=9, ge=0, le=30)
+    """Their strength, on torchvision's scale from 0 to 30."""
+    mixup: float | None = Field(default=None, gt=0)
+    """MixUp with ratios drawn from Beta(mixup, mixup); None for none. With ``cutmix`` too, each takes half a batch."""
+    cutmix: float | None = Field(default=None, gt=0)
+    """CutMix with areas drawn from Beta(cutmix, cutmix); None for none."""
+    eval_size: int | None = Field(default=None, ge=1)
+    """Height and width of images in evaluation; None for those of training."""
+    normalize: Literal["unit", "symmetric"] | None = None
+    """What 0..255 becomes: 0..1, or -1..1; None for mean 0 and variance 1 over the training images."""
     seed: int = Field(default=0, ge=0)
     """Decides splits, subsets and exposures; the same for every run of a study."""
     batch_size: int = Field(default=2, ge=1)
@@ -94,12 +111,24 @@ class Optim(_Section):
 
 
 class Schedule(_Section):
-    """How long, and how the learning rate moves: linear warm-up, then cosine to 0 or constant."""
+    """How long, and how the learning rate moves: linear warm-up, then cosine, steps or constant."""
 
-    name: Literal["cosine", "constant"] = "cosine"
+    name: Literal["cosine", "constant", "step"] = "cosine"
     epochs: int = Field(default=8, ge=1)
     warmup: float = Field(default=0.5, ge=0)
     """Length of the warm-up, in epochs."""
+    floor: float = Field(default=0.0, ge=0, lt=1)
+    """Where the cosine ends, as a share of the peak."""
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)
+    """Of ``step``: after which shares of the whole run the learning rate is multiplied by ``factor``."""
+    factor: float = Field(default=0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_milestones(self) -> Self:
+        inside = [0.0, *self.milestones, 1.0]
+        if any(a >= b for a, b in itertools.pairwise(inside)):
+            raise ValueError(f"schedule.milestones must rise between 0 and 1, got {list(self.milestones)}")
+        return self
 
 
 class Train(_Section):
@@ -115,12 +144,23 @@ class Train(_Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then evaluated and saved; None for none."""
+    ema_warmup: bool = False
+    """Let that average forget faster at first: at step t by ``min(ema, (1 + t) / (10 + t))``."""
     eval_every: int = Field(default=1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
 
 
-# Keys that came after the first rows were kept: at None they leave a recipe's id as it was.
-_ADDED = (("optim", "sam_rho"),)
+# Keys that came after the first rows were kept: at their defaults they leave a recipe's id as it was.
+_ADDED = {
+    "model": ("weights",),
+    "data": (
+        *("crop_area", "randaugment_layers", "randaugment_magnitude", "mixup", "cutmix"),
+        *("eval_size", "normalize"),
+    ),
+    "optim": ("sam_rho",),
+    "schedule": ("floor", "milestones", "factor"),
+    "train": ("ema_warmup",),
+}
 
 
 class Recipe(_Section):
@@ -198,9 +238,11 @@ class Recipe(_Section):
     def essence(self) -> dict[str, Any]:
         """All values on which a result depends: where the data lies and how it is fetched do not count."""
         values = self.model_dump(mode="json", exclude={"data": {"root", "workers", "eval_batch_size"}})
-        for section, key in _ADDED:
-            if values[section][key] is None:
-                del values[section][key]
+        for section, keys in _ADDED.items():
+            fields = type(getattr(self, section)).model_fields
+            for key in keys:
+                if getattr(getattr(self, section), key) == fields[key].default:
+                    del values[section][key]
         return values
 
     @property

@@ -20,7 +20,7 @@ def training_loss(model: nn.Module, x: Tensor, y: Tensor, *, label_smoothing: fl
     Args:
         model: (N, C, H, W) to (N, K).
         x: (N, C, H, W), normalized.
-        y: (N,), int64, classes from 0 to K - 1.
+        y: (N,), int64, classes from 0 to K - 1, or (N, K), shares of the classes in images that were mixed.
         label_smoothing: Share of the target that is spread over all classes (Szegedy et al. 2015, arXiv:1512.00567,
             section 7).
 

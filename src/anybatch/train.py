@@ -13,12 +13,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import Tensor
 
 from anybatch import __version__, data, rows
@@ -27,6 +28,7 @@ from anybatch.driver import Epoch, Loaders, Progress, Reporter, Run, StateKeeper
 from anybatch.files import write_file
 from anybatch.measure import device_name, multiply_adds, saved_bytes
 from anybatch.methods.filters import reuse_filters
+from anybatch.models import load_weights
 from anybatch.recipe import Recipe
 from anybatch.rows import FORMAT, DataFacts, Row
 from anybatch.step import DivergedError, training_loss
@@ -66,6 +68,8 @@ def run(
     model = recipe.model.build(num_classes=len(split.classes), in_chans=split.in_chans)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["multiply_adds"] = multiply_adds(model, torch.zeros(1, split.in_chans, split.size, split.size))
+    if recipe.model.weights is not None:
+        load_weights(model, recipe.model.weights, classifier="skip")  # pyright: ignore[reportArgumentType] (a Network)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (torch's stub lacks it)
     module = Run(model, recipe, epoch)
@@ -121,7 +125,8 @@ def _trainer(
     t = recipe.train
     callbacks: list[L.Callback] = []
     if t.ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=t.ema))
+        warm = partial(warm_average, decay=t.ema)
+        callbacks.append(WeightAveraging(avg_fn=warm) if t.ema_warmup else EMAWeightAveraging(decay=t.ema))
     if tell is not None:
         callbacks.append(Reporter(tell, epoch.samples * recipe.schedule.epochs))
     if resume is not None:
@@ -152,6 +157,15 @@ def _trainer(
     )
 
 
+def warm_average(average: Tensor, value: Tensor, step: Tensor, *, decay: float) -> Tensor:
+    """The next moving average, with ``decay`` or ``(1 + step) / (10 + step)`` where that is less.
+
+    Source:
+        Brock et al. 2021, arXiv:2102.06171, appendix A.
+    """
+    return average + (1 - ((1 + step) / (10 + step)).clamp(max=decay)) * (value - average)
+
+
 def run_in(
     recipe: Recipe, out: Path, *, tell: Callable[[Progress], None] | None = None, tensorboard: bool = False
 ) -> Row:
@@ -175,6 +189,8 @@ def run_in(
         Epoch.of(recipe, len(split.train))
         with torch.device("meta"):
             recipe.model.build(num_classes=len(split.classes), in_chans=split.in_chans)
+        if (weights := recipe.model.weights) is not None and not Path(weights).is_file():
+            raise ValueError(f"model.weights={weights} is not a file; give weights to start from, or null for none")
         out.mkdir(parents=True, exist_ok=True)
         write_file(path, recipe.to_yaml().encode())
         rows.repair(out / "rows.jsonl")

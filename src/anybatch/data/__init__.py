@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anybatch.data.images import Files, Images, Part, Progress, collate, decode, fit, left_out, load_image
+from anybatch.data.images import Files, Images, Mix, Part, Progress, collate, decode, fit, left_out, load_image
 from anybatch.data.portions import set_aside, subset
 from anybatch.data.sets import DATASETS, SUFFIXES, Raw
 from anybatch.recipe import Data
@@ -22,6 +22,7 @@ __all__ = [
     "SUFFIXES",
     "Files",
     "Images",
+    "Mix",
     "Part",
     "Progress",
     "Raw",
@@ -48,7 +49,7 @@ class Split:
     classes: tuple[str, ...]
     in_chans: int
     size: int
-    """H = W in pixels."""
+    """H = W in pixels, of images for evaluation."""
     mean: tuple[float, ...]
     """One per channel, of the training images, on the 0..1 scale; 0 for images that come normalized."""
     std: tuple[float, ...]
@@ -81,7 +82,9 @@ def load(config: Data, *, statistics: Statistics | None = None, progress: Progre
     """
     if config.name not in DATASETS:
         raise unknown("data set", config.name, DATASETS)
-    fields = config.model_dump_json(exclude={"batch_size", "accumulate", "eval_batch_size", "workers"})
+    fields = config.model_dump_json(
+        exclude={"batch_size", "accumulate", "eval_batch_size", "workers", "mixup", "cutmix"}
+    )
     root = Path(config.root).expanduser() if config.root else None
     changed = root.stat().st_mtime_ns if root is not None and root.exists() else None
     key = (fields, changed, str(statistics))  # a file that was written again is read again
@@ -101,17 +104,28 @@ def _load(config: Data, statistics: Statistics | None, progress: Progress | None
     if len(raw.classes) < 2:
         raise ValueError(f"data set {config.name} must have at least 2 classes, got {', '.join(raw.classes)}")
     train, val = _portions(raw, config)
-    train, val, notes = _read_files(_square(train, config.size), _square(val, config.size), config, progress)
+    train, val = _square(train, config.size), _square(val, config.eval_size or config.size)
+    size = train.images.shape[2]
+    if isinstance(val.images, Files) and config.eval_size is not None:
+        val = Part(Files(val.images.paths, config.eval_size), val.labels)
+    train, val, notes = _read_files(train, val, config, progress)
     lacking = sorted(set(range(len(raw.classes))) - set(train.labels.tolist()))
     if lacking:
         raise ValueError(
             f"the {len(train.labels)} training images leave out class {raw.classes[lacking[0]]}"
             f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}; use more images"
         )
-    size = val.images.shape[2]
     own = channel_statistics(train.images)
     mean, std = map(tuple, statistics or own)
-    if any(mean) != any(own[0]):  # 0 and 1 stand for images that come normalized, which whole numbers never do
+    if config.normalize is not None:
+        if train.images.dtype != torch.uint8:
+            raise ValueError(
+                f"data.normalize={config.normalize} is for images of whole numbers 0..255; those of {config.name} come "
+                "normalized"
+            )
+        centre = {"unit": 0.0, "symmetric": 0.5}[config.normalize]
+        mean, std = (centre,) * len(own[0]), (centre or 1.0,) * len(own[0])
+    elif any(mean) != any(own[0]):  # 0 and 1 stand for images that come normalized, which whole numbers never do
         raise ValueError(
             f"{config.name} holds images {'of whole numbers 0..255' if any(own[0]) else 'that come normalized'}, "
             f"the model was trained on the other kind"
@@ -121,11 +135,21 @@ def _load(config: Data, statistics: Statistics | None, progress: Progress | None
         raise ValueError(f"the images have {c} channel{'s' * (c > 1)}, the model was trained on {len(mean)}")
     return Split(
         name=config.name,
-        train=Images(train.images, train.labels, size=size, mean=mean, std=std, augment=config.augment),
-        val=Images(val.images, val.labels, size=size, mean=mean, std=std),
+        train=Images(
+            train.images,
+            train.labels,
+            size=size,
+            mean=mean,
+            std=std,
+            augment=config.augment,
+            crop_area=config.crop_area,
+            layers=config.randaugment_layers,
+            magnitude=config.randaugment_magnitude,
+        ),
+        val=Images(val.images, val.labels, size=val.images.shape[2], mean=mean, std=std),
         classes=raw.classes,
         in_chans=len(mean),
-        size=size,
+        size=val.images.shape[2],
         mean=mean,
         std=std,
         note=" ".join(raw.notes + notes),

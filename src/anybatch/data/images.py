@@ -77,8 +77,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         mean: One per channel on the 0..1 scale; used on uint8 alone.
         std: As ``mean``.
         augment: ``"crop"``: where S is ``size``, a shift by up to ``max(1, size // 8)`` pixels with reflected borders
-            (torchvision's RandomCrop with padding); where S is larger, RandomResizedCrop with 0.35 to 1 of the area.
+            (torchvision's RandomCrop with padding); where S is larger, RandomResizedCrop with ``crop_area`` to 1 of
+            the area.
             ``"flip"``: left and right swapped with probability 1/2. ``"randaugment"``: torchvision's RandAugment.
+        crop_area: Of RandomResizedCrop.
+        layers: RandAugment's operations on an image.
+        magnitude: Their strength, 0 to 30.
 
     Raises:
         ValueError: If sizes do not fit each other, or RandAugment is asked for on other than uint8 images with 1 or
@@ -94,6 +98,9 @@ class Images(Dataset[tuple[Tensor, int]]):
         mean: Sequence[float],
         std: Sequence[float],
         augment: Sequence[str] = (),
+        crop_area: float = 0.35,
+        layers: int = 2,
+        magnitude: int = 9,
     ) -> None:
         n, c, stored = images.shape[:3]
         if len(labels) != n:
@@ -112,7 +119,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         if stored > size:
             from torchvision.transforms import v2
 
-            self._each.append(v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True))
+            self._each.append(v2.RandomResizedCrop(size, scale=(crop_area, 1.0), antialias=True))
         if "randaugment" in augment:
             if images.dtype != torch.uint8:
                 raise ValueError(
@@ -122,7 +129,7 @@ class Images(Dataset[tuple[Tensor, int]]):
                 raise ValueError(f"data.augment 'randaugment' needs 1 or 3 channels, the images have {c}")
             from torchvision.transforms import v2
 
-            self._each.append(v2.RandAugment())
+            self._each.append(v2.RandAugment(layers, magnitude))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -153,6 +160,36 @@ class Images(Dataset[tuple[Tensor, int]]):
 def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The ``collate_fn`` for `Images`, whose batches are whole already."""
     return batch
+
+
+class Mix:
+    """The ``collate_fn`` that mixes a batch of `Images` with torchvision's MixUp and CutMix.
+
+    With both, the first half of the batch goes through MixUp and the second through CutMix. Each draws one ratio and
+    mixes every image with the one before it in its half.
+
+    Args:
+        classes: K, how many there are.
+        mixup: Parameter of the distribution of MixUp's ratios; None for no MixUp.
+        cutmix: As ``mixup``, of CutMix.
+
+    Shape:
+        (B, C, H, W) and labels (B,) to (B, C, H, W) and shares (B, K).
+    """
+
+    def __init__(self, classes: int, mixup: float | None, cutmix: float | None) -> None:
+        from torchvision.transforms import v2
+
+        self._mixers: list[Callable[..., tuple[Tensor, Tensor]]] = []
+        if mixup is not None:
+            self._mixers.append(v2.MixUp(alpha=mixup, num_classes=classes))
+        if cutmix is not None:
+            self._mixers.append(v2.CutMix(alpha=cutmix, num_classes=classes))
+
+    def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        parts = [part.tensor_split(len(self._mixers)) for part in batch]
+        mixed = [mix(x, y) for mix, x, y in zip(self._mixers, *parts, strict=True) if len(x)]
+        return torch.cat([x for x, _ in mixed]), torch.cat([y for _, y in mixed])
 
 
 def shift_flip(x: Tensor, shift: int, *, flip: bool) -> Tensor:

@@ -27,6 +27,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 HOLDS = {
     "cifar10": "cifar-10-batches-py, or train/ and test/ with one folder of images a class",
+    "cifar100": "cifar-100-python, or train/ and test/ with one folder of images a class",
     "fashion-mnist": "the four IDX files (train-images-idx3-ubyte, ...), plain or .gz, or FashionMNIST/raw with them",
     "imagefolder": "train/ and val/ (or test/) with one folder of images a class, or with the class folders themselves",
 }
@@ -81,19 +82,34 @@ def cifar10(config: Data, progress: Progress | None = None) -> Raw:
     ``root`` may hold the authors' ``cifar-10-batches-py``, or ``train/`` and ``test/`` folders of images, one folder a
     class.
     """
+    from torchvision.datasets import CIFAR10
+
+    return _cifar(CIFAR10, "CIFAR-10", config, progress)
+
+
+def cifar100(config: Data, progress: Progress | None = None) -> Raw:
+    """CIFAR-100, 32 x 32 RGB, 100 classes; torchvision downloads it where ``root`` is None or an empty folder.
+
+    ``root`` may hold the authors' ``cifar-100-python``, or ``train/`` and ``test/`` folders of images, one folder a
+    class.
+    """
+    from torchvision.datasets import CIFAR100
+
+    return _cifar(CIFAR100, "CIFAR-100", config, progress)
+
+
+def _cifar(dataset: Any, title: str, config: Data, progress: Progress | None) -> Raw:
     root = _root(config)
     if (root / "train").is_dir():
         raw = _folders(root, 32)
         train, bad = decode(raw.train, config.skip_bad, True, progress)
         val, bad_val = decode(raw.val, config.skip_bad, True, progress) if raw.val is not None else (None, 0)
         return Raw(train, val, raw.classes, left_out(bad + bad_val))
-    from torchvision.datasets import CIFAR10
-
     try:
-        sets = [CIFAR10(str(root), train=train, download=_is_empty(root)) for train in (True, False)]
+        sets = [dataset(str(root), train=train, download=_is_empty(root)) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"cannot read or download CIFAR-10: {one_line(error)}; {root} should hold {HOLDS['cifar10']}"
+            f"cannot read or download {title}: {one_line(error)}; {root} should hold {HOLDS[config.name]}"
         ) from None
     train, val = (
         Part(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets
@@ -191,6 +207,7 @@ def arrays(config: Data, progress: Progress | None = None) -> Raw:
 DATASETS: dict[str, Callable[[Data, Progress | None], Raw]] = {
     "digits": digits,
     "cifar10": cifar10,
+    "cifar100": cifar100,
     "fashion-mnist": fashion_mnist,
     "imagefolder": imagefolder,
     "arrays": arrays,
