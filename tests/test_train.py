@@ -296,7 +296,8 @@ def test_counting_draws_nothing_and_changes_nothing():
 @pytest.mark.parametrize("name", [*recipes.RECIPES, *(f"{name}-quick" for name in recipes.RECIPES)])
 def test_named_recipes_build(name):
     recipe = recipes.named(name)
-    assert recipe.model.build(num_classes=3, in_chans=3) is not None
+    with torch.device("meta"):  # some are large
+        assert recipe.model.build(num_classes=3, in_chans=3) is not None
 
 
 def test_unknown_recipe_names_the_nearest():

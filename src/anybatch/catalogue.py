@@ -60,7 +60,9 @@ def _schemes() -> dict[str, dict[str, Any]]:
 def _recipes() -> dict[str, str]:
     from anybatch.recipes import RECIPES
 
-    return {name: _sentence(recipe) for name, recipe in RECIPES.items()}
+    # What a published recipe needs and what it gave there, without the paragraph on how ours differs.
+    told = {name: (inspect.getdoc(recipe) or "").partition("\n\nDiffers")[0] for name, recipe in RECIPES.items()}
+    return {name: " ".join(text.split()) for name, text in told.items()}
 
 
 def _data() -> dict[str, str]:
