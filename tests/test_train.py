@@ -118,8 +118,9 @@ class _StopError(Exception):
         {"train__ema": 0.9, "data__augment": ["crop"]},
         {"optim__name": "adamw", "optim__lr": 0.01, "data__workers": 1, "data__augment": ["crop"]},
         {"model__scheme": "bn", "train__channels_last": True, "data__accumulate": 3},
+        {"train__ema": 0.9, "train__ema_warmup": True, "data__mixup": 0.2, "data__cutmix": 1.0},
     ],
-    ids=["plain", "ema", "adamw-workers", "bn"],
+    ids=["plain", "ema", "adamw-workers", "bn", "ema_warmup-mixing"],
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, changes):
     recipe = tiny(schedule__epochs=3, **changes)
