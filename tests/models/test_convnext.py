@@ -13,6 +13,7 @@ from torch import nn
 import anybatch
 from anybatch.layers import PositionalNorm, WSConv2d
 from anybatch.measure import multiply_adds
+from anybatch.methods.residual import Join
 from anybatch.methods.skip_init import SkipInitJoin
 from anybatch.methods.stochastic_depth import StochasticDepth
 from anybatch.models import model_entry, model_options
@@ -81,7 +82,11 @@ def test_layout_and_counts_are_those_that_torchvision_documents(name: str) -> No
             counted = multiply_adds(ours, torch.empty(1, 3, 224, 224))
             assert counted / 1e9 == pytest.approx(weights.meta["_ops"], abs=1e-3)
     assert parameters(ours) == weights.meta["num_params"]
-    drops = [[m.p for m in model.modules() if type(m).__name__ == "StochasticDepth"] for model in (ours, theirs)]
+    # Where the rate is 0, in the first block, ours has no such layer.
+    drops = [
+        [m.p for m in model.modules() if type(m).__name__ == "StochasticDepth" and m.p] for model in (ours, theirs)
+    ]
+    assert len(drops[0]) == sum(isinstance(m, Join) for m in ours.modules()) - 1
     assert drops[0] == pytest.approx(drops[1])
     assert drops[0][-1] == STOCHASTIC_DEPTH[name]
 
