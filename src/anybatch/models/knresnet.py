@@ -2,7 +2,7 @@
 
 Blocks are pre-activated, half their convolutions are 2 x 2, and no skip connection has a projection: between two stages
 stands a transition, a convolution and maximum pooling. Names of the submodules are those of the released code, whose
-checkpoints load.
+checkpoints `anybatch.models.load_weights` reads.
 
 As published they have the parameters of their counterparts and about twice the multiply-adds: at 224 pixels 3.56, 7.51
 and 10.51 G in KNResNet-18, 34 and 50, which is 1.96, 2.05 and 2.57 times what ResNet-18, 34 and 50 take. With
@@ -11,12 +11,10 @@ and 10.51 G in KNResNet-18, 34 and 50, which is 1.96, 2.05 and 2.57 times what R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from anybatch.models.blocks import Pieces, named_act, torch_init
 from anybatch.models.network import Level, Network
@@ -128,6 +126,8 @@ class _KNNet(Network):
         num_features: Channels behind it.
     """
 
+    checkpointed = (Block, Transition)
+
     def __init__(
         self,
         pieces: Pieces,
@@ -171,22 +171,6 @@ class _KNNet(Network):
             tail.append("conv_block_f")
         self.kn_f, self.relu_f = pieces.final_norm_act(num_features or channels)
         self.tail = (*tail, "kn_f", "relu_f")
-        self.register_load_state_dict_pre_hook(_plain_names)
-
-    def _run(self, names: Iterable[str], x: Tensor) -> Tensor:
-        for name in names:
-            module = self.get_submodule(name)
-            if self.grad_checkpointing and self.training and isinstance(module, (Block, Transition)):
-                x = checkpoint(module, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-            else:
-                x = module(x)
-        return x
-
-
-def _plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """The release's 1 x 1 convolutions lie one level deeper than its others."""
-    for key in [key for key in state_dict if key.startswith(prefix) and ".conv1x1." in key]:
-        state_dict[key.replace(".conv1x1.", ".")] = state_dict.pop(key)
 
 
 class KNResNet(_KNNet):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Network(nn.Module):
     min_size: int | None = None
     """Least side of an image, where it is more than the last level's reduction."""
     grad_checkpointing = False
+    checkpointed: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Kinds of submodules that gradient checkpointing takes as a whole, beside the parts of an `nn.Sequential`."""
 
     def _add_classifier(self, num_features: int, num_classes: int, drop_rate: float) -> None:
         """Dropout at ``drop_rate`` and a linear classifier, the identity for 0 classes."""
@@ -64,9 +66,10 @@ class Network(nn.Module):
     def _run(self, names: Iterable[str], x: Tensor) -> Tensor:
         for name in names:
             module = self.get_submodule(name)
-            if self.grad_checkpointing and self.training and isinstance(module, nn.Sequential):
-                for block in module:
-                    x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            parts = module if isinstance(module, nn.Sequential) else (module,)
+            if self.grad_checkpointing and self.training and isinstance(module, (nn.Sequential, *self.checkpointed)):
+                for part in parts:
+                    x = checkpoint(part, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
             else:
                 x = module(x)
         return x

@@ -266,7 +266,6 @@ class NormalizerFreeNet(Network):
             self.stages.append(stage)
             reduction *= stride
             levels.append(Level((f"stages.{i}",), channels, reduction))
-        # Where a stage keeps the map's size, the stem's map is no level of its own.
         self.levels = tuple(levels)
         self.final_conv = pieces.conv(channels, final_channels, 1) if final_channels else nn.Identity()
         channels = final_channels or channels
