@@ -108,6 +108,7 @@ class DenseNet(Network):
         stem_channels: Channels of the stem; None for those named above.
         transition_kernel: Kernel size of the transitions' convolutions.
         act: The network's own activation, where the scheme brings none; None for ReLU.
+        init: First weights, where the scheme has none; None for He's normal over fan-out.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes).
@@ -138,6 +139,7 @@ class DenseNet(Network):
         stem_channels: int | None = None,
         transition_kernel: int = 1,
         act: Callable[[], nn.Module] | None = None,
+        init: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
         if growth < 1:
@@ -176,7 +178,7 @@ class DenseNet(Network):
         self._add_classifier(channels, num_classes, drop_rate)
         if isinstance(last := self.get_classifier(), nn.Linear):
             nn.init.zeros_(last.bias)
-        pieces.init(self)
+        pieces.init(self, init)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each layer's output for backward, and compute the rest again.

@@ -122,7 +122,7 @@ def densenet20x16_kn(
     drop_rate: float = 0.0,
 ) -> Network:
     """DenseNet of 20 layers and growth 16 for private training: 3 x 3 transitions that keep the channels."""
-    model = DenseNet(
+    return DenseNet(
         scheme,
         growth,
         (5, 5, 5),
@@ -133,10 +133,9 @@ def densenet20x16_kn(
         stem_channels=2 * growth,
         transition_kernel=3,
         act=named_act(act),
+        init=torch_init,
         drop_rate=drop_rate,
     )
-    Pieces(scheme).init(model, torch_init)
-    return model
 
 
 def preact_resnet18_kn(
@@ -149,7 +148,7 @@ def preact_resnet18_kn(
     drop_rate: float = 0.0,
 ) -> Network:
     """Pre-activation ResNet-18 at full size, kernel-normalized, for private training."""
-    model = ResNet(
+    return ResNet(
         scheme,
         PreActBasicBlock,
         (2, 2, 2, 2),
@@ -158,10 +157,9 @@ def preact_resnet18_kn(
         width=width,
         stem="cifar",
         act=named_act(act),
+        init=torch_init,
         drop_rate=drop_rate,
     )
-    Pieces(scheme).init(model, torch_init)
-    return model
 
 
 register_model(resnet8_kn, family=FAMILY, scheme="kn(p=0.1)", size=32, source=SOURCE)

@@ -165,6 +165,7 @@ class ResNet(Network):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Of stochastic depth; see `anybatch.models.blocks.Pieces`.
         act: The network's own activation, where the scheme brings none; None for ReLU.
+        init: First weights, where the scheme has none; None for He's normal over fan-out.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes).
@@ -194,6 +195,7 @@ class ResNet(Network):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         act: Callable[[], nn.Module] | None = None,
+        init: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
         if width < 1:
@@ -236,7 +238,7 @@ class ResNet(Network):
         self.final_norm, self.final_act = final
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self._add_classifier(channels, num_classes, drop_rate)
-        pieces.init(self)
+        pieces.init(self, init)
 
 
 TORCHVISION = "torchvision's IMAGENET1K_V1 weights, with bn"
