@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from anybatch import checkpoint
@@ -65,7 +66,7 @@ def test_a_failed_write_leaves_the_good_file(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", broken)
+    monkeypatch.setattr("safetensors.torch.save_file", broken)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save_state({"a": torch.zeros(3)}, path)
     assert checkpoint.load_state(path)["a"].sum() == 3
@@ -106,10 +107,14 @@ def test_a_spoilt_model_is_named(tmp_path, spoil, message):
 def test_another_network_is_told_by_its_keys(tmp_path):
     f = facts()
     checkpoint.save_model(Recipe.parse(f.recipe).model.build(num_classes=3, in_chans=1), f, tmp_path)
-    with pytest.raises(ValueError, match=r"another network's weights; of another shape: fc\.bias, fc\.weight"):
+    with pytest.raises(ValueError, match="tells 3 classes apart, the network 2"):
         checkpoint.load_model(tmp_path)
-    with pytest.raises(ValueError, match=r"missing: weight; unexpected: x"):
-        checkpoint.load_weights(nn.Linear(2, 2), {"x": torch.zeros(1), "bias": torch.zeros(2)}, where="f")
+    checkpoint.save_model(Recipe.parse(f.recipe).model.build(num_classes=2, in_chans=2), f, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({"x" if name == "fc.bias" else name: t for name, t in weights.items()}, tmp_path / "model.safetensors")
+    told = r"another network's weights.*; missing: fc\.bias; unexpected: x; of another shape: conv1\.weight"
+    with pytest.raises(ValueError, match=told):
+        checkpoint.load_model(tmp_path)
 
 
 def test_facts_are_plain_json(tmp_path):

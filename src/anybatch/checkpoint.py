@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anybatch.files import replace_file, write_file
+from anybatch.files import save_tensors, write_file
+from anybatch.models import Network, load_weights
 from anybatch.recipe import Recipe
-from anybatch.suggest import listed
 
 _STATE = "anybatch_state"
 MODEL, FACTS, RESUME = "model.safetensors", "model.json", "resume.safetensors"
@@ -45,22 +44,13 @@ class ModelFacts:
     version: str
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors whole or not at all; tensors that share memory are written twice."""
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        replace_file(path, lambda temporary: save_file(own, temporary, metadata=metadata))
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-
-
 def save_model(model: nn.Module, facts: ModelFacts, folder: Path) -> None:
     """Write ``model.safetensors`` and ``model.json`` into the folder."""
     save_tensors(model.state_dict(), folder / MODEL)
     write_file(folder / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, ModelFacts]:
+def load_model(path: str | Path) -> tuple[Network, ModelFacts]:
     """The trained model in a run's folder, or beside a ``model.safetensors``, in evaluation mode on the CPU.
 
     Raises:
@@ -80,26 +70,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelFacts]:
         raise ValueError(f"{folder / FACTS} is damaged: {error}") from None
     recipe = Recipe.parse(facts.recipe, where=str(folder / FACTS))
     model = recipe.model.build(num_classes=len(facts.classes), in_chans=facts.in_chans)
-    try:
-        weights = load_file(folder / MODEL)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / MODEL} is damaged or cut off: {error}") from None
-    load_weights(model, weights, where=str(folder / MODEL))
+    load_weights(model, folder / MODEL, layout="anybatch")
     return model.eval(), facts
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy weights into a model; a `ValueError` names keys that are missing, unexpected or of another shape."""
-    own = model.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - own.keys()),
-        "of another shape": sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape),
-    }
-    told = [f"{what}: {listed(keys)}" for what, keys in faults.items() if keys]
-    if told:
-        raise ValueError(f"{where} holds another network's weights; {'; '.join(told)}")
-    model.load_state_dict(dict(weights))
 
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:

@@ -499,7 +499,7 @@ def convert_weights(
     debug: Debug = False,
 ) -> None:
     """A checkpoint of another library or a release as one of ours, or for timm."""
-    from anybatch.checkpoint import save_tensors
+    from anybatch.files import save_tensors
     from anybatch.models import export_weights, load_weights, model_entry
     from anybatch.recipe import Recipe
     from anybatch.suggest import listed

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,3 +29,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def write_file(path: Path, content: bytes) -> None:
     """Replace the content of a file whole or not at all."""
     replace_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors whole or not at all; tensors that share memory are written twice."""
+    from safetensors import SafetensorError  # here, so that who uses the layers alone does not load it
+    from safetensors.torch import save_file
+
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        replace_file(path, lambda temporary: save_file(own, temporary, metadata=metadata))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from anybatch.suggest import unknown
 
 if TYPE_CHECKING:
-    from torch import nn
+    from anybatch.models import Network
 
 
 class _Section(BaseModel):
@@ -33,12 +33,15 @@ class Model(_Section):
     weights: str | None = None
     """A file of weights to start from, as `anybatch.models.load_weights` reads it; the classifier starts afresh."""
 
-    def build(self, *, num_classes: int, in_chans: int) -> nn.Module:
+    def build(self, *, num_classes: int, in_chans: int) -> Network:
         """The network, from torch's random state; a `ValueError` as of `anybatch.create_model`."""
-        from anybatch.models import create_model
+        from anybatch.models import Network, create_model
 
         options: dict[str, Any] = self.options
-        return create_model(self.name, self.scheme, num_classes=num_classes, in_chans=in_chans, **options)
+        model = create_model(self.name, self.scheme, num_classes=num_classes, in_chans=in_chans, **options)
+        if not isinstance(model, Network):
+            raise ValueError(f"options {options} make {self.name} a pyramid of features, which tells no classes apart")
+        return model
 
 
 class Data(_Section):
@@ -154,8 +157,13 @@ class Train(_Section):
 _ADDED = {
     "model": ("weights",),
     "data": (
-        *("crop_area", "randaugment_layers", "randaugment_magnitude", "mixup", "cutmix"),
-        *("eval_size", "normalize"),
+        "crop_area",
+        "randaugment_layers",
+        "randaugment_magnitude",
+        "mixup",
+        "cutmix",
+        "eval_size",
+        "normalize",
     ),
     "optim": ("sam_rho",),
     "schedule": ("floor", "milestones", "factor"),

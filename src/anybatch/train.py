@@ -69,7 +69,7 @@ def run(
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["multiply_adds"] = multiply_adds(model, torch.zeros(1, split.in_chans, split.size, split.size))
     if recipe.model.weights is not None:
-        load_weights(model, recipe.model.weights, classifier="skip")  # pyright: ignore[reportArgumentType] (a Network)
+        load_weights(model, recipe.model.weights, classifier="skip")
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (torch's stub lacks it)
     module = Run(model, recipe, epoch)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anybatch.files import replace_file, write_file
+from anybatch.files import save_tensors, write_file
 from anybatch.models.network import Network
 from anybatch.models.registry import create_model
 from anybatch.models.weights import load_weights
@@ -20,8 +20,6 @@ _IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 def save_pretrained(model: Network, folder: str | Path) -> None:
     """See `Network.save_pretrained`."""
-    from safetensors.torch import save_file
-
     if not hasattr(model, "default_cfg"):
         raise ValueError("only networks of create_model can be saved with what it takes to build them again")
     cfg = model.default_cfg
@@ -47,8 +45,7 @@ def save_pretrained(model: Network, folder: str | Path) -> None:
         )
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    replace_file(where / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    save_tensors(model.state_dict(), where / WEIGHTS, {"format": "pt"})
     write_file(where / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
 
 
