@@ -144,7 +144,7 @@ def test_every_part_has_its_own_name(name: str) -> None:
         ("gn(groups=16", r"cannot read 'gn\(groups=16'"),
         ("gn 16", "cannot read 'gn 16'"),
         ("gn(num_groups=8,groups=16)", "option 'groups' stands twice in scheme"),
-        ("gn(group_size=True)", "group_size=True is not a number above 0"),
+        ("gn(group_size=True)", "group_size must be a whole number of 1 or more, got True"),
         ("gn(eps=1e999)", "eps=inf is not a number from 0 to below inf"),
         ("ws(variant=3)", "unknown variant of weight standardization 3"),
         ("ws(variant=None)", "unknown variant of weight standardization None"),

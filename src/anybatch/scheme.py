@@ -23,6 +23,13 @@ def check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
         raise ValueError(f"{name}={value!r} is not a number from 0 to {most}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise a `ValueError` unless an option is a finite number above 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is not a finite number above 0")
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise a `ValueError` unless an option is a whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:

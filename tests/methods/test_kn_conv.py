@@ -517,7 +517,7 @@ def test_networks_start_from_hes_initialization() -> None:
         ("kn(p=much)", "p='much' is not a probability"),
         ("kn(eps=-1)", "eps=-1 is not a number from 0"),
         ("kn(eval_stats=sample)", "eval_stats='sample' is neither"),
-        ("kn(norm_groups=0)", "norm_groups=0 is not a number above 0"),
+        ("kn(norm_groups=0)", "norm_groups must be a whole number of 1 or more, got 0"),
     ],
 )
 def test_refusals_of_the_part(spec: str, message: str) -> None:

@@ -217,9 +217,9 @@ def test_parts() -> None:
     assert (told.window, told.channels_per_group, told.eps, told.affine, told.released) == (9, 4, 0.5, False, True)
     assert layer("lcn/3").channels_per_group == 3
     for spec, message in [
-        ("lcn(window=0)", "window=0 is not a number above 0"),
-        ("lcn(window=2.5)", "window=2.5 is not a number above 0"),
-        ("lcn(group_size=many)", "group_size='many' is not a number above 0"),
+        ("lcn(window=0)", "window must be a whole number of 1 or more, got 0"),
+        ("lcn(window=2.5)", "window must be a whole number of 1 or more, got 2.5"),
+        ("lcn(group_size=many)", "group_size must be a whole number of 1 or more, got 'many'"),
         ("lcn(released=1)", "released=1 is neither True nor False"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from anybatch.methods.optimizer_around import OptimizerAround
 from anybatch.methods.parameters import Place, bare, classifier, is_vector, matched, places
 from anybatch.methods.sam import SAM
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_positive
 from anybatch.suggest import unknown
 
 Exclude = Literal["auto"] | str | Iterable[str]
@@ -151,26 +150,24 @@ def _sum_across(units: list[_Units], norms: list[list[Tensor]]) -> None:
 @torch.no_grad()
 def _clip(units: list[_Units], clip_factor: float, eps: float, grad_scale: Tensor | None = None) -> Clipped:
     """Clip the gradients of these parameters, which are ``grad_scale`` times too large."""
-    moved = [u for u in units if u.parameter.grad is not None]
+    moved = [(u, u.parameter.grad) for u in units if u.parameter.grad is not None]
     if not moved:
         shown = ", ".join(u.name for u in units[:3]) + (", ..." if len(units) > 3 else "")
         raise ValueError(
             f"none of the {len(units)} parameters ({shown}) has a gradient to clip; call it after backward() and "
             f"before the optimizer's step"
         )
-    for u in moved:
-        grad = u.parameter.grad
-        assert grad is not None
+    for u, grad in moved:
         if grad.layout is not torch.strided:
             raise ValueError(f"the gradient of {u.name} is sparse, which has no whole units; exclude {u.name}")
         if any(how.is_partial() for how in getattr(grad, "placements", ())):
             raise ValueError(f"the gradient of {u.name} is not yet summed over processes; clip it after that")
     found = []
-    kinds = {(u.parameter.device, torch.promote_types(u.parameter.dtype, torch.float32)): None for u in moved}
+    kinds = {(u.parameter.device, torch.promote_types(u.parameter.dtype, torch.float32)): None for u, _ in moved}
     for device, wide in kinds:
         some = [
             u
-            for u in moved
+            for u, _ in moved
             if u.parameter.device == device and torch.promote_types(u.parameter.dtype, torch.float32) == wide
         ]
         found.append(_clip_alike(some, clip_factor, eps, grad_scale, wide))
@@ -220,10 +217,8 @@ def _beside(u: _Units, view: Tensor, factors: Tensor) -> Tensor:
 
 
 def _check(clip_factor: float, eps: float) -> None:
-    for name, value, least in (("clip_factor", clip_factor, 0.0), ("eps", eps, 0.0)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value <= least:
-            raise ValueError(f"{name}={value!r} is not a finite number above 0")
+    check_positive("clip_factor", clip_factor)
+    check_positive("eps", eps)
 
 
 def _named(names: Exclude) -> tuple[str, ...]:
@@ -265,6 +260,16 @@ class _Clipper:
             # Left there for a fused step by a GradScaler that has not unscaled the gradients.
             scale = getattr(optimizer, "grad_scale", None)
         return _clip(units, self.clip_factor, self.eps, scale)
+
+    def around(self, closure: Callable[[], Any], optimizer: Optimizer, tell: Callable[[Clipped], None]) -> Any:
+        """A closure that clips the gradients that ``closure`` has yet to compute, and tells what it clipped."""
+
+        def clipping() -> Any:
+            loss = closure()
+            tell(self(optimizer))
+            return loss
+
+        return clipping
 
     def check_holds(self, optimizer: Optimizer) -> None:
         """Raise a `ValueError` if the optimizer steps none of the parameters, or is one to clip inside of."""
@@ -378,16 +383,12 @@ class AttachedAGC:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self.last = self._clipper(optimizer)
+            self._tell(self._clipper(optimizer))
             return None
+        return args[:1], {**kwargs, "closure": self._clipper.around(closure, optimizer, self._tell)}
 
-        # The closure has yet to compute the gradients.
-        def clipping() -> Any:
-            loss = closure()
-            self.last = self._clipper(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": clipping}
+    def _tell(self, clipped: Clipped) -> None:
+        self.last = clipped
 
     def remove(self) -> None:
         """Step without clipping from now on."""
@@ -470,15 +471,12 @@ class AGC(OptimizerAround):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if closure is None:
-            self.last = self.clipper(self.optimizer)
+            self._tell(self.clipper(self.optimizer))
             return self.optimizer.step()
+        return self.optimizer.step(self.clipper.around(closure, self.optimizer, self._tell))
 
-        def clipping() -> Any:
-            loss = closure()
-            self.last = self.clipper(self.optimizer)
-            return loss
-
-        return self.optimizer.step(clipping)
+    def _tell(self, clipped: Clipped) -> None:
+        self.last = clipped
 
 
 def _clip_of(model: nn.Module, clip_factor: float, eps: float, exclude: Exclude) -> Callable[[], Clipped]:
@@ -489,8 +487,8 @@ def agc(clip_factor: float = 0.01, eps: float = 1e-3, *, exclude: str = "auto") 
     """Adaptive gradient clipping before each step, of everything but the classifier's weight.
 
     The published threshold is meant for batches of 1024 and more and a hundred thousand steps. In short runs with small
-    batches it holds back what starts at 0, such as the skip gains of ``nf``: there ``nf(skip_gain=1)+agc``, or a larger
-    threshold, learns much faster.
+    batches it holds back what starts at 0: so the part ``nf`` lets its skip gains start at 1, which are 0 as published,
+    and a larger threshold learns faster still.
 
     Args:
         clip_factor: The largest ratio of a unit's gradient to its weights.

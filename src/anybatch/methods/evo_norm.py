@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from anybatch.dispatch import op
 from anybatch.methods.batch_norm import recomputing
 from anybatch.methods.common import ChannelNorm, check_has_channels, per_channel, scaled_and_shifted, widened
-from anybatch.methods.group_norm import Groups, check_groups, resolve_groups
+from anybatch.methods.group_norm import Groups, check_group_values, check_groups, resolve_groups
 from anybatch.scheme import Scheme, check_flag, check_number
 
 
@@ -56,14 +55,8 @@ def evo_norm_s0(
         Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967 (EvoNorm-S0 and B0).
     """
     check_has_channels(x)
+    check_group_values(x, groups)
     c = x.shape[1]
-    if groups < 1 or c % groups:
-        raise ValueError(f"groups={groups} does not divide the {c} channels of x")
-    if c // groups * math.prod(x.shape[2:]) == 1:
-        raise ValueError(
-            f"groups={groups} leaves one value in each group of x of shape {tuple(x.shape)}, which has no variance; "
-            f"use fewer groups"
-        )
     wide = widened(x)
     x_ngc = wide.unflatten(1, (groups, c // groups))
     var = _variance(x_ngc, tuple(range(2, x_ngc.dim())))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.methods.parameters import classifier
-from anybatch.methods.residual import Join
+from anybatch.methods.residual import Join, alike
 from anybatch.scheme import Scheme
 
 
@@ -79,16 +80,6 @@ class FixupJoin(Join):
         return skip + self.scale * branch
 
 
-class FixupRule:
-    """Makes the joins of one network, which are all alike."""
-
-    def __init__(self, blocks: int) -> None:
-        pass
-
-    def __call__(self, transition: bool) -> Join:
-        return FixupJoin()
-
-
 @torch.no_grad()
 def fixup_init(model: nn.Module) -> None:
     """He's initialization, with the branches' convolutions scaled down by depth, their last and the classifier 0.
@@ -132,7 +123,7 @@ def fixup() -> Scheme:
     return Scheme(
         name="fixup",
         conv=(FixupConv1d, FixupConv2d, FixupConv3d),
-        residual=FixupRule,
+        residual=partial(alike, join=FixupJoin),
         init=fixup_init,
         sources=("arXiv:1901.09321",),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anybatch.dispatch import op
 from anybatch.methods.common import ChannelNorm, check_has_channels, scaled_and_shifted, widened
-from anybatch.scheme import Scheme, check_flag, check_number
+from anybatch.scheme import Scheme, check_count, check_flag, check_number
 
 Groups = int | Literal["auto"]
 
@@ -156,10 +156,8 @@ def check_groups(groups: Groups, group_size: int | None) -> None:
         raise ValueError(f"groups={groups!r} and group_size={group_size!r} exclude each other; give one")
     if groups != "auto" and not (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0):
         raise ValueError(f"groups={groups!r} is neither a number above 0 nor 'auto'")
-    if group_size is not None and not (
-        isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
-    ):
-        raise ValueError(f"group_size={group_size!r} is not a number above 0")
+    if group_size is not None:
+        check_count("group_size", group_size)
 
 
 def gn(groups: Groups = 32, *, group_size: int | None = None, eps: float = 1e-5, affine: bool = True) -> Scheme:

@@ -334,8 +334,7 @@ def kn(
     check_rate("final_p", final_p)
     check_number("eps", eps)
     check_eval_stats(eval_stats)
-    if isinstance(norm_groups, bool) or not isinstance(norm_groups, int) or norm_groups < 1:
-        raise ValueError(f"norm_groups={norm_groups!r} is not a number above 0")
+    check_count("norm_groups", norm_groups)
     one_d, two_d, three_d = (
         partial(layer, p=p, eps=eps, eval_stats=eval_stats, norm_groups=norm_groups)
         for layer in (KNConv1d, KNConv2d, KNConv3d)

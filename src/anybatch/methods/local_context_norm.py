@@ -13,7 +13,7 @@ from torch import Tensor
 from anybatch.dispatch import op
 from anybatch.methods.common import ChannelNorm, check_has_channels, scaled_and_shifted, widened
 from anybatch.methods.group_norm import group_norm
-from anybatch.scheme import Scheme, check_flag, check_number
+from anybatch.scheme import Scheme, check_count, check_flag, check_number
 
 Window = int | Sequence[int]
 
@@ -237,9 +237,8 @@ def lcn(
     released: bool = False,
 ) -> Scheme:
     """Local context normalization; on maps no larger than the window it is group normalization."""
-    for name, value in (("window", window), ("group_size", group_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a number above 0")
+    check_count("window", window)
+    check_count("group_size", group_size)
     check_number("eps", eps)
     check_flag("affine", affine)
     check_flag("released", released)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
+
+
+def alike(blocks: int, *, join: Callable[[], Join]) -> Callable[[bool], Join]:
+    """The rule of a network whose joins are all alike, whatever their number and place: each is what ``join`` makes."""
+    return partial(_any_place, join=join)
+
+
+def _any_place(transition: bool, *, join: Callable[[], Join]) -> Join:
+    return join()
 
 
 class Join(nn.Module):

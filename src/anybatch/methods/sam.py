@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from anybatch.methods.optimizer_around import OptimizerAround
+from anybatch.scheme import check_positive
 
 
 class SAM(OptimizerAround):
@@ -60,8 +60,7 @@ class SAM(OptimizerAround):
     """
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, *, adaptive: bool = False) -> None:
-        if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not (0 < rho < math.inf):
-            raise ValueError(f"rho={rho!r} is not a finite number above 0")
+        check_positive("rho", rho)
         super().__init__(optimizer, rho=rho, adaptive=adaptive)
 
     rho: float

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from anybatch.methods.residual import Join
+from anybatch.methods.residual import Join, alike
 from anybatch.scheme import Scheme, check_number
 
 
@@ -33,20 +33,12 @@ class SkipInitJoin(Join):
         return skip + self.gain * branch
 
 
-class SkipInitRule:
-    """Makes the joins of one network, which are all alike."""
-
-    def __init__(self, blocks: int, *, gain: float) -> None:
-        self.gain = gain
-
-    def __call__(self, transition: bool) -> Join:
-        return SkipInitJoin(self.gain)
-
-
 def skipinit(*, gain: float = 0.0) -> Scheme:
     """SkipInit: plain convolutions with biases, each residual branch times a learnable number that starts at 0.
 
     The release starts the classifier at 0 too; here it starts as the network has it.
     """
     check_number("gain", gain)
-    return Scheme(name="skipinit", residual=partial(SkipInitRule, gain=gain), sources=("arXiv:2002.10444",))
+    return Scheme(
+        name="skipinit", residual=partial(alike, join=partial(SkipInitJoin, gain)), sources=("arXiv:2002.10444",)
+    )

@@ -69,7 +69,10 @@ def _entrypoint(told: str, name: str) -> Any:
         if out_indices is not None and not features_only:
             raise ValueError(f"out_indices={out_indices!r} goes with features_only=True")
         model = create_model(name, **options)
-        assert isinstance(model, Network)
+        if not isinstance(model, Network):
+            raise ValueError(
+                f"options {options} of {told} make no Network; timm asks for pyramids by features_only=True"
+            )
         model.default_cfg.update(pretrained_cfg or {}, **pretrained_cfg_overlay or {})
         return _Pyramid(model, out_indices) if features_only else model
 
