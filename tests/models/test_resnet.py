@@ -9,6 +9,7 @@ from torch import nn
 
 import anybatch
 from anybatch.layers import GroupNorm, WSConv2d
+from anybatch.methods.skip_init import SkipInitJoin
 from anybatch.models import list_models, model_entry, model_options
 from anybatch.models.blocks import Pieces
 from anybatch.models.resnet import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ResNet
@@ -66,6 +67,50 @@ def test_parameter_count_of_cifars_resnet_20() -> None:
     assert parameters(anybatch.create_model("resnet20", "bn", num_classes=10)) == total
     # Without norms each convolution has a bias in place of a scale and a shift.
     assert parameters(anybatch.create_model("resnet20", "none", num_classes=10)) == total - norms // 2 - (32 + 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "published"),
+    [
+        ("preact_resnet164", 1_703_258, 1.7e6),
+        ("wide_resnet16_4", 2_748_890, 2.7e6),
+        ("wide_resnet28_10", 36_479_194, 36.5e6),
+    ],
+)
+def test_parameter_counts_of_cifars_deep_and_wide_networks(name: str, count: int, published: float) -> None:
+    with torch.device("meta"):
+        assert parameters(anybatch.create_model(name, "bn", num_classes=10)) == count
+    assert count == pytest.approx(published, abs=0.5e5)  # as the papers round
+
+
+@pytest.mark.slow
+def test_a_skipinit_network_of_a_thousand_layers_trains() -> None:
+    # Narrow, on 8 pixels: what counts is the depth. With He's initialization alone the signal's variance grows by about
+    # 2 a block, 2^500 in all, which is beyond float32.
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    y = (x.mean((1, 2, 3)) > 0).long()
+
+    def network(scheme: str) -> ResNet:
+        parsed = anybatch.scheme(scheme)
+        return ResNet(parsed, PreActBasicBlock, (167, 167, 166), num_classes=2, width=8, stem="cifar")
+
+    plain = network("none")(x)
+    assert not plain.isfinite().all()
+    model = network("skipinit")
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()) == 1 + 2 * 500
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    gains = torch.stack([m.gain.detach() for m in model.modules() if isinstance(m, SkipInitJoin)])
+    assert len(gains) == 500
+    assert gains.abs().min() > 0, "every branch learns"
 
 
 @pytest.mark.parametrize(

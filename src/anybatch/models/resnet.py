@@ -156,6 +156,7 @@ class ResNet(Network):
         num_classes: Outputs of the classifier; 0 for none, which gives pooled features.
         in_chans: Channels of the input.
         width: Channels of the first stage, before a bottleneck's expansion by 4.
+        stem_width: Channels of the stem; None for ``width``.
         stem: ``"imagenet"`` (7 x 7 stride 2, then pooling: 1/4 of the size), ``"cifar"`` (3 x 3, full size) or
             ``"bit"``, as ``"imagenet"`` with zeros around what is pooled, for BiT's weights.
         groups: Groups of the 3 x 3 convolution in bottlenecks (ResNeXt's cardinality).
@@ -188,6 +189,7 @@ class ResNet(Network):
         num_classes: int = 1000,
         in_chans: int = 3,
         width: int = 64,
+        stem_width: int | None = None,
         stem: str = "imagenet",
         groups: int = 1,
         base_width: int = 64,
@@ -208,21 +210,21 @@ class ResNet(Network):
             drop_path_rate=drop_path_rate,
         )
         self.in_chans = in_chans
+        channels = width if stem_width is None else stem_width
         if stem in ("imagenet", "bit"):
-            self.conv1 = pieces.conv(in_chans, width, 7, 2)
+            self.conv1 = pieces.conv(in_chans, channels, 7, 2)
             self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
             if stem == "bit":  # no activation stands before a pre-activated network's pooling: zeros may be the largest
                 self.maxpool = nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, stride=2))
         elif stem == "cifar":
-            self.conv1 = pieces.conv(in_chans, width, 3)
+            self.conv1 = pieces.conv(in_chans, channels, 3)
             self.maxpool = nn.Identity()
         else:
             raise ValueError(f"stem must be 'imagenet', 'cifar' or 'bit', got {stem!r}")
         # A pre-activated network normalizes at the start of its blocks and once behind the last.
-        self.bn1, self.act1 = (nn.Identity(), nn.Identity()) if block.preactivated else pieces.norm_act(width)
-        channels = width
+        self.bn1, self.act1 = (nn.Identity(), nn.Identity()) if block.preactivated else pieces.norm_act(channels)
         reduction = 1 if stem == "cifar" else 2
-        levels = [Level(("conv1", "bn1", "act1"), width, reduction)]
+        levels = [Level(("conv1", "bn1", "act1"), channels, reduction)]
         reduction = 1 if stem == "cifar" else 4
         for i, depth in enumerate(depths):
             blocks = []
@@ -252,6 +254,7 @@ def _resnet(
     *,
     family: str = "ResNet",
     width: int = 64,
+    stem_width: int | None = None,
     stem: str = "imagenet",
     published: float | None = None,
     source: str = "arXiv:1512.03385",
@@ -278,6 +281,7 @@ def _resnet(
             num_classes=num_classes,
             in_chans=in_chans,
             width=width,
+            stem_width=stem_width,
             stem=stem,
             zero_init_residual=zero_init_residual,
             drop_rate=drop_rate,
@@ -349,5 +353,28 @@ for _depth in (8, 14, 20, 32, 44, 56, 110):
         family="PreAct-ResNet",
         source="arXiv:1603.05027",
         width=16,
+        stem="cifar",
+    )
+for _depth in (164, 1001):
+    _resnet(
+        f"preact_resnet{_depth}",
+        f"CIFAR's pre-activation ResNet-{_depth}, of bottlenecks.",
+        PreActBottleneck,
+        ((_depth - 2) // 9,) * 3,
+        family="PreAct-ResNet",
+        source="arXiv:1603.05027",
+        width=16,
+        stem="cifar",
+    )
+for _depth, _factor in ((16, 4), (28, 10)):
+    _resnet(
+        f"wide_resnet{_depth}_{_factor}",
+        f"CIFAR's wide ResNet-{_depth}-{_factor}, pre-activated.",
+        PreActBasicBlock,
+        ((_depth - 4) // 6,) * 3,
+        family="Wide ResNet",
+        source="arXiv:1605.07146",
+        width=16 * _factor,
+        stem_width=16,
         stem="cifar",
     )
