@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.scheme import check_count, check_number
@@ -48,6 +50,41 @@ def check_floating(name: str, t: Tensor) -> None:
     """Raise a `TypeError` unless a tensor is floating point: others would round what is computed, to 0 mostly."""
     if not t.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {t.dtype}; convert it, as by {name}.float()")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+"""What an op with the argument ``activation`` applies to its result."""
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """One of `ACTIVATIONS` of ``y``; a `ValueError` names them."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation](y)
+
+
+class TakesActivation:
+    """A layer that can apply the activation behind it itself, and then keeps one tensor for backward in place of two.
+
+    `anybatch.models.blocks.Pieces` asks it to. Names and state dict stay as they are.
+    """
+
+    activation: str = "none"
+    """A key of `ACTIVATIONS`."""
+
+    def take_activation(self, act: nn.Module) -> bool:
+        """Apply ``act`` from now on and return True, or return False where it is none of `ACTIVATIONS`."""
+        kinds = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
+        name = kinds.get(type(act))
+        if name is None or getattr(act, "approximate", "none") != "none":
+            return False
+        self.activation = name
+        return True
 
 
 class ChannelLayer(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from anybatch.methods.common import TakesActivation
 from anybatch.methods.residual import Join
 from anybatch.methods.stochastic_depth import StochasticDepth
 from anybatch.scheme import Scheme, check_rate
@@ -97,12 +98,20 @@ class Pieces:
             nn.init.zeros_(weight)
         return norm
 
-    def norm_act(self, channels: int) -> tuple[nn.Module, nn.Module]:
-        """A norm and the activation behind it; where one layer does both, the second is the identity."""
+    def norm_act(self, channels: int, *, behind: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
+        """A norm and the activation behind it; where one layer does both, the second is the identity.
+
+        Args:
+            channels: Of the map.
+            behind: The convolution in front of both, which may take the activation where there is no norm.
+        """
         if self.scheme.norm_act is not None:
             return self._of_dims(self.scheme.norm_act)(channels), nn.Identity()
         # Behind no norm it would overwrite what went into the norm, which a pre-activated block's skip still needs.
-        return self.norm(channels), self.act(inplace=self.scheme.norm is not None)
+        norm, act = self.norm(channels), self.act(inplace=self.scheme.norm is not None)
+        last = behind if isinstance(norm, nn.Identity) else norm
+        taken = isinstance(last, TakesActivation) and last.take_activation(act)
+        return norm, nn.Identity() if taken else act
 
     def final_norm(self, channels: int) -> nn.Module:
         """A norm in front of the head, where the last convolution has none behind it."""
