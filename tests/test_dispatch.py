@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import torch
 
 from anybatch import dispatch
-from anybatch.dispatch import Op, backend, backends, op
+from anybatch.dispatch import Op, backend, backends, compiled_helpers, compiles_helpers, op
+from anybatch.kernels.compiled import helper
 
 
 @pytest.fixture
@@ -109,3 +113,50 @@ def test_the_ops_here_have_a_torch_kernel() -> None:
     assert "torch" in [kernel.backend for kernel in group_norm.kernels]
     assert "torch" in [kernel.backend for kernel in weight_standardize.kernels]
     assert "torch" in backends()
+
+
+def test_helpers_are_compiled_only_where_asked_for() -> None:
+    assert not compiles_helpers()
+    with pytest.raises(ValueError, match="out"), compiled_helpers():  # noqa: PT012
+        assert compiles_helpers()
+        with compiled_helpers(False):
+            assert not compiles_helpers()
+        assert compiles_helpers()
+        raise ValueError("out")
+    assert not compiles_helpers()
+
+
+def test_a_helper_that_cannot_be_compiled_runs_as_it_stands_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=refuse))
+
+    @helper
+    def doubled(x: torch.Tensor, times: float) -> torch.Tensor:
+        return x * times
+
+    x = torch.tensor([1.0, 2.0])
+    assert doubled(x, 2.0).tolist() == [2, 4]
+    with compiled_helpers():
+        with pytest.warns(UserWarning, match=r"doubled runs without torch.compile, which failed: .*no compiler here"):
+            assert doubled(x, 2.0).tolist() == [2, 4]
+        assert doubled(x, 3.0).tolist() == [3, 6]  # a second warning would be an error
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_helper_is_a_formula_like_any_other_to_autograd_and_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+    @helper
+    def squared(x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+    x = torch.tensor([1.0, 2.0])
+    with compiled_helpers():
+        assert squared(x).tolist() == [1, 4]
+        y = x.clone().requires_grad_()
+        squared(y).sum().backward()
+        assert y.grad.tolist() == [2, 4]
+        assert torch.func.vmap(squared)(x).tolist() == [1, 4]
+        assert torch.func.vmap(torch.func.grad(squared))(x).tolist() == [2, 4]

@@ -10,6 +10,7 @@ from typing import Any
 
 # A plain module global, because a context variable breaks full-graph compilation.
 _backend = "auto"
+_compiles_helpers = False
 
 Refusal = Callable[..., str | None]
 
@@ -95,3 +96,22 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _backend = before
+
+
+def compiles_helpers() -> bool:
+    """Whether kernels compile the passes they are made of."""
+    return _compiles_helpers
+
+
+@contextmanager
+def compiled_helpers(switched_on: bool = True) -> Iterator[None]:
+    """Within this context the passes that kernels are made of are compiled by torch.compile.
+
+    Off elsewhere: compiling takes seconds for each kind of input, and a C++ compiler on the CPU.
+    """
+    global _compiles_helpers
+    before, _compiles_helpers = _compiles_helpers, switched_on
+    try:
+        yield
+    finally:
+        _compiles_helpers = before
