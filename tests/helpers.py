@@ -1,9 +1,15 @@
-"""Assertions that raise with the worst element, and switches that restore on exit."""
+"""Assertions that raise with the worst element, switches that restore on exit, and work shared by two processes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -67,3 +73,37 @@ def saved_tensors() -> Iterator[list[Tensor]]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield kept
+
+
+def run_two_ranks(worker: Path, folder: Path) -> None:
+    """Run ``python worker RANK FOLDER`` as rank 0 and as rank 1, and raise with what both said where one fails."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", str(worker), str(rank), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.returncode for rank in ranks]
+    if codes != [0, 0]:
+        raise AssertionError(f"ranks of {worker.name} ended with {codes}:\n" + "\n".join(map("".join, said)))
+
+
+@contextmanager
+def one_of_two_ranks(rank: int, folder: Path) -> Iterator[None]:
+    """Within this context a process that `run_two_ranks` started reaches the other one over gloo."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=90))
+    yield
+    dist.barrier()  # only behind work that is done: a rank that fails ends at once, and the launcher tells why
+    dist.destroy_process_group()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from anybatch.methods.common import ChannelLayer
 from anybatch.schemes import PARTS
 from contract.cases import BATCH_BOUND, BATCH_FREE, DROPPING, SCHEMES, images
 from contract.kinds import SchemeCase
-from helpers import assert_error_within, assert_same_gradients, error, gradients
+from helpers import assert_error_within, assert_same_gradients, error, gradients, run_two_ranks
 
 NORMALIZING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, ChannelLayer)
 LABELS = torch.tensor([0, 3, 1, 4])
@@ -94,22 +92,7 @@ def test_training_computes_what_evaluation_computes(case: SchemeCase) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """Gradients by scheme from two processes with one image each, averaged by DDP over gloo."""
     folder = tmp_path_factory.mktemp("ddp")
-    worker = Path(__file__).with_name("ddp_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(folder)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    run_two_ranks(Path(__file__).with_name("ddp_worker.py"), folder)
     return torch.load(folder / "gradients.pt", weights_only=True)
 
 

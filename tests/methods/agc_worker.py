@@ -6,37 +6,30 @@ Called by `test_adaptive_gradient_clipping.py` as ``agc_worker.py RANK FOLDER``.
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from anybatch.optim import adaptive_clip_grad_
+from helpers import one_of_two_ranks
 from methods.test_adaptive_gradient_clipping import Sharded, filled
 
 
 def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=90))
-    model = filled(Sharded())
-    whole = {name: p.grad for name, p in model.named_parameters()}
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(model, mesh=mesh)
-    for name, p in model.named_parameters():
-        p.grad = distribute_tensor(whole[name], mesh, p.placements)
-    adaptive_clip_grad_(model)
-    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    if rank == 0:
-        torch.save(found, folder / "gradients.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(rank, folder):
+        model = filled(Sharded())
+        whole = {name: p.grad for name, p in model.named_parameters()}
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model, mesh=mesh)
+        for name, p in model.named_parameters():
+            p.grad = distribute_tensor(whole[name], mesh, p.placements)
+        adaptive_clip_grad_(model)
+        found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        if rank == 0:
+            torch.save(found, folder / "gradients.pt")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch.layers import BatchChannelNorm2d, SyncBatchNorm
+from helpers import one_of_two_ranks
 
 CHANNELS = 6
 
@@ -74,15 +74,11 @@ SHARINGS = {
 
 
 def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=90))
-    found = {name: sharing.run(rank) for name, sharing in SHARINGS.items()}
-    alone = [dist.new_group([r]) for r in range(2)][rank]
-    found["sync-groups of one"] = Sharing(partial(_SYNC, process_group=alone), (1,), (3,)).run(rank)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(rank, folder):
+        found = {name: sharing.run(rank) for name, sharing in SHARINGS.items()}
+        alone = [dist.new_group([r]) for r in range(2)][rank]
+        found["sync-groups of one"] = Sharing(partial(_SYNC, process_group=alone), (1,), (3,)).run(rank)
+        torch.save(found, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

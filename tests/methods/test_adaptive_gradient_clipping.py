@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 import anybatch
 from anybatch.methods.adaptive_gradient_clipping import Clipped
 from anybatch.optim import AGC, adaptive_clip_grad_, attach_agc
-from helpers import gradients
+from helpers import gradients, run_two_ranks
 
 
 class Everything(nn.Module):
@@ -546,22 +544,7 @@ def test_the_part_clips_a_finished_model() -> None:
 
 @pytest.mark.slow
 def test_shards_are_clipped_as_the_whole(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("agc_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    run_two_ranks(Path(__file__).with_name("agc_worker.py"), tmp_path)
     got = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model = filled(Sharded())
     adaptive_clip_grad_(model)

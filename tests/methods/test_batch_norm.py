@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from anybatch.functional import frozen_batch_norm
 from anybatch.layers import FrozenBatchNorm, SyncBatchNorm
 from anybatch.methods.batch_norm import channel_moments, shared_moments
 from anybatch.models.blocks import Pieces
-from helpers import assert_error_within, error, saved_tensors
+from helpers import assert_error_within, error, run_two_ranks, saved_tensors
 from methods.sync_worker import SHARINGS, Sharing
 
 
@@ -85,19 +83,7 @@ def test_moments_of_channels_are_those_of_float64_at_a_large_mean() -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What each of two processes found for its part of every `Sharing`, over gloo."""
     folder = tmp_path_factory.mktemp("ddp")
-    worker = Path(__file__).with_name("sync_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", str(worker), str(rank), str(folder)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    run_two_ranks(Path(__file__).with_name("sync_worker.py"), folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
