@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,35 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def randomized(make: Callable[[], nn.Module]) -> nn.Module:
-    """A network in evaluation mode with scales, shifts, statistics and weights away from where they start."""
-    with torch.device("meta"):  # the first weights of large networks take seconds to draw
+def undrawn(make: Callable[[], Any]) -> Any:
+    """A network in evaluation mode whose values are yet to come: the first ones of a large one take seconds to draw."""
+    with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
-    for key, value in model.state_dict().items():
+    for value in model.state_dict().values():
+        value.fill_(float("nan") if value.is_floating_point() else 0)
+    return model.eval()
+
+
+def randomized(model: Any) -> Any:
+    """In evaluation mode, with every gain, bias, scale, statistic and weight away from where it starts.
+
+    At 0 or 1 they hide that one is missing. Always the same values, whatever was drawn before.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.state_dict().items():
+        if not value.is_floating_point():
+            continue
         if value.dim() == 0:
-            value.zero_()
-        elif value.numel() == len(value):
-            value.normal_(0, 0.1) if key.endswith("bias") else value.uniform_(0.3, 0.7)
-        else:
-            value.normal_(0, (4 / value[0].numel()) ** 0.5)  # makes good what scales of 0.5 on average take
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith(("bias", "weight_beta")):
+            value.normal_(0, 0.1, generator=generator)
+        elif name.endswith(("gain", "weight_gamma")):  # standardized filters have no other scale to make good theirs
+            value.normal_(1, 0.1, generator=generator).abs_()
+        elif value.numel() == max(value.shape):
+            value.uniform_(0.3, 0.7, generator=generator)
+        else:  # makes good what scales of 0.5 on average take
+            value.normal_(0, (4 / value[0].numel()) ** 0.5, generator=generator)
     return model.eval()
 
 

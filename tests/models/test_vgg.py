@@ -20,6 +20,7 @@ from models.checks import (
     assert_survives_wrapping,
     parameters,
     randomized,
+    undrawn,
 )
 
 NAMES = ["vgg11", "vgg13", "vgg16", "vgg19"]
@@ -32,9 +33,8 @@ def small(scheme: str = "gn:auto", name: str = "vgg11", **options: object) -> nn
 
 @pytest.mark.parametrize(("name", "scheme"), [("vgg11", "none"), ("vgg16", "bn")])
 def test_torchvisions_weights_give_torchvisions_logits(name: str, scheme: str) -> None:
-    theirs = randomized(
-        lambda: torchvision.models.get_model(name + "_bn" * (scheme == "bn"), weights=None, num_classes=10)
-    )
+    suffix = "_bn" if scheme == "bn" else ""
+    theirs = randomized(undrawn(lambda: torchvision.models.get_model(name + suffix, weights=None, num_classes=10)))
     with torch.device("meta"):
         ours = anybatch.create_model(name, scheme, num_classes=10).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)

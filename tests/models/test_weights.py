@@ -30,36 +30,14 @@ from anybatch.models.nfnet import NF_REGNET, NF_RESNET, NFNET, NormalizerFreeNet
 from anybatch.models.resnet import PreActBottleneck, ResNet
 from anybatch.models.weights import read_weights
 from helpers import assert_error_within
+from models.checks import randomized, undrawn
 
 TIMM = "released=True,eps_rule=add"
 FOLDED = f"{TIMM},fold_gain=True,skip_gain=None"
 
 
-def randomized(model: Any) -> Any:
-    """With every gain, bias, scale, statistic and skip gain away from where it starts, which hides errors."""
-    generator = torch.Generator().manual_seed(1)
-    for name, value in model.state_dict().items():
-        if not value.is_floating_point():
-            continue
-        if value.dim() == 0:
-            value.uniform_(0.5, 1.5, generator=generator)
-        elif name.endswith(("bias", "running_mean", "weight_beta")):
-            value.normal_(0, 0.1, generator=generator)
-        elif value.numel() == max(value.shape):
-            value.normal_(1, 0.1, generator=generator).abs_()
-        else:  # a linear layer's first weights are too small for its logits to depend on what comes in
-            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
-    return model.eval()
-
-
 def made(name: str, scheme: str | None = None, **options: Any) -> Any:
-    """A network whose weights are yet to come, without those that take seconds to draw."""
-    with torch.device("meta"):
-        model = anybatch.create_model(name, scheme, num_classes=options.pop("num_classes", 10), **options)
-    model.to_empty(device="cpu")
-    for value in model.state_dict().values():
-        value.fill_(float("nan") if value.is_floating_point() else 0)
-    return model.eval()
+    return undrawn(lambda: anybatch.create_model(name, scheme, **{"num_classes": 10, **options}))
 
 
 def assert_same(ours: nn.Module, theirs: Callable[[Tensor], Tensor], sizes: tuple[int, ...] = (64, 72)) -> None:
