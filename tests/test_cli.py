@@ -10,23 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anybatch import cli
-
-
-def run(capsys, monkeypatch, *words):
-    """Exit code, standard output and standard error of a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["anybatch", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    told = capsys.readouterr()
-    return ended.value.code, told.out, told.err
-
-
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return lambda *words: run(capsys, monkeypatch, *words)
-
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import anybatch
 from anybatch.models.network import Network
 from helpers import assert_same_gradients, gradients, saved_tensors
 
@@ -25,6 +26,11 @@ def undrawn(make: Callable[[], Any]) -> Any:
     for value in model.state_dict().values():
         value.fill_(float("nan") if value.is_floating_point() else 0)
     return model.eval()
+
+
+def made(name: str, scheme: str | None = None, **options: Any) -> Any:
+    """One of ours that is `undrawn`, for 10 classes."""
+    return undrawn(lambda: anybatch.create_model(name, scheme, **{"num_classes": 10, **options}))
 
 
 def randomized(model: Any) -> Any:
@@ -57,6 +63,13 @@ def assert_same_logits(ours: nn.Module, theirs: nn.Module, sizes: tuple[int, ...
             got, expected = ours(x), theirs(x)
         assert expected.std(0).max() > 0.05 * expected.abs().max(), "the logits hardly depend on the image"
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def assert_same_tensors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert got[key].shape == value.shape, key
+        assert torch.equal(got[key], value), key
 
 
 def assert_same_layout(ours: nn.Module, theirs: nn.Module) -> None:
