@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anybatch import layers
 from anybatch.functional import kernel_norm, positional_norm
-from anybatch.methods.kernel_norm import draw_mask, unit_moments
+from anybatch.methods.kernel_norm import dropout_mask, unit_moments
 from anybatch.methods.windows import windows
 from helpers import error
 
@@ -77,7 +77,9 @@ def test_by_hand_over_channels_and_in_groups() -> None:
 def test_dropout_by_hand() -> None:
     # 2, 4 with 4 dropped out at p = 1/2 counts as 4, 0: mean 2, variance 4. The values themselves stay.
     x = torch.tensor([[[2.0, 4.0]]], dtype=torch.float64)
-    y = kernel_norm(x, 2, p=0.5, mask=torch.tensor([[[True, False]]]), eps=0.0)
+    seeds = [torch.tensor(i) for i in range(100)]
+    seed = next(seed for seed in seeds if dropout_mask(x, 0.5, seed).tolist() == [[[1, 0]]])
+    y = kernel_norm(x, 2, p=0.5, seed=seed, eps=0.0)
     torch.testing.assert_close(y, torch.tensor([[[0.0, 1.0]]]).double())
     # On average over masks: mean 3, variance 1 + 1 * 10 * (1 - 1/2) = 6.
     torch.testing.assert_close(kernel_norm(x, 2, p=0.5, eps=0.0), (x - 3) / 6**0.5)
@@ -100,12 +102,13 @@ def test_dropout_by_hand() -> None:
 )
 def test_equals_its_definition_in_loops(kernel: Any, stride: Any, pads: Any, dilation: Any, mode: str) -> None:
     x = offset_input(2, 4, 5, 7)
-    mask = torch.rand(x.shape) > 0.3
+    seed = torch.tensor(5)
+    mask = dropout_mask(x, 0.3, seed)
     for groups in (1, 2):
         options = {"padding_mode": mode, "norm_groups": groups}
         got = kernel_norm(x, kernel, stride, pads, dilation, **options)
         torch.testing.assert_close(got, in_loops(x, kernel, stride, pads, dilation, mode, groups))
-        got = kernel_norm(x, kernel, stride, pads, dilation, **options, p=0.3, mask=mask)
+        got = kernel_norm(x, kernel, stride, pads, dilation, **options, p=0.3, seed=seed)
         torch.testing.assert_close(
             got, in_loops(x, kernel, stride, pads, dilation, mode, groups, kept=mask.double() / 0.7)
         )
@@ -168,7 +171,7 @@ def test_drawn_masks_have_the_expected_moments() -> None:
     p, at, draws = 0.25, windows(2, 3), 4000
     x = offset_input(1, 8, 3, 3).relu()
     many = x.expand(draws, -1, -1, -1)
-    mean, var = unit_moments(many, 1, at, p, draw_mask(many, p))
+    mean, var = unit_moments(many, 1, at, p, dropout_mask(many, p, torch.tensor(5)))
     expected_mean, expected_var = unit_moments(x, 1, at, p)
     for drawn, expected in ((mean, expected_mean), (var, expected_var)):
         assert error(drawn.mean(), expected) < 4 * drawn.std().item() / draws**0.5
@@ -180,24 +183,46 @@ def test_drawn_masks_have_the_expected_moments() -> None:
 @pytest.mark.parametrize("p", [0.05, 0.25, 0.9])
 def test_masks_are_of_independent_values(p: float) -> None:
     x = torch.empty(2, 8, 51, 41)
-    kept = draw_mask(x, p)
+    kept = dropout_mask(x, p, torch.tensor(-(2**63)))
     deviation = (p * (1 - p) / kept.numel()) ** 0.5
-    assert kept.dtype == torch.bool
+    assert kept.unique().tolist() == [0, 1]
     assert kept.shape == x.shape
     assert kept.double().mean().item() == pytest.approx(1 - p, abs=4 * deviation)
     centered = (kept.double() - (1 - p)).flatten() / (p * (1 - p)) ** 0.5
     for lag in (1, 2, 3, 4, 5, 41, 8 * 51 * 41):  # four are cut from one number
         pairs = len(centered) - lag
         assert abs((centered[lag:] * centered[:-lag]).mean().item()) < 4.5 / pairs**0.5
+    for seed in (-(2**63) + 1, 0, 2**63 - 1):
+        other = (dropout_mask(x, p, torch.tensor(seed)).double() - (1 - p)).flatten() / (p * (1 - p)) ** 0.5
+        assert abs((centered * other).mean().item()) < 4.5 / len(other) ** 0.5
+
+
+def test_masks_are_cut_from_splitmix() -> None:
+    """In Python's integers; the first number from seed 0 is the published 0xE220A8397B1DCDAF."""
+
+    def number(seed: int, i: int) -> int:
+        z = (seed + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    assert number(0, 0) == 0xE220A8397B1DCDAF
+    for seed in (0, 1234567, -5):
+        lanes = [(number(seed % 2**64, i // 4) >> 16 * (i % 4)) % 2**16 for i in range(42)]
+        signed = [lane - 2**16 if lane >= 2**15 else lane for lane in lanes]
+        expected = torch.tensor([lane >= 0.3 * 2**16 - 2**15 for lane in signed])
+        got = dropout_mask(torch.empty(1, 6, 7), 0.3, torch.tensor(seed))
+        torch.testing.assert_close(got.flatten().bool(), expected)
 
 
 def test_masks_lie_in_memory_as_their_input_does() -> None:
+    seed = torch.tensor(5)
     for x in (torch.empty(2, 3, 5, 7), torch.empty(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)):
-        assert draw_mask(x, 0.5).stride() == x.stride()
+        assert dropout_mask(x, 0.5, seed).stride() == x.stride()
     x = torch.empty(2, 3, 4, 5, 7).contiguous(memory_format=torch.channels_last_3d)
-    assert draw_mask(x, 0.5).stride() == x.stride()
-    assert draw_mask(x[..., ::2], 0.5).shape == (2, 3, 4, 5, 4)
-    assert draw_mask(torch.empty(0, 3, 4), 0.5).shape == (0, 3, 4)
+    assert dropout_mask(x, 0.5, seed).stride() == x.stride()
+    assert dropout_mask(x[..., ::2], 0.5, seed).shape == (2, 3, 4, 5, 4)
+    assert dropout_mask(torch.empty(0, 3, 4), 0.5, seed).shape == (0, 3, 4)
 
 
 def test_the_layer_draws_in_training_alone() -> None:
@@ -205,9 +230,9 @@ def test_the_layer_draws_in_training_alone() -> None:
     layer = layers.KernelNorm2d(3, p=0.2, eval_stats="clean")
     assert error(layer(x), layer(x)) > 0.01
     torch.manual_seed(7)
-    mask = draw_mask(x, 0.2)
+    seed = torch.randint(-(2**63), 2**63 - 1, ())
     torch.manual_seed(7)
-    torch.testing.assert_close(layer(x), kernel_norm(x, 3, p=0.2, mask=mask))
+    torch.testing.assert_close(layer(x), kernel_norm(x, 3, p=0.2, seed=seed))
     layer.eval()
     state = torch.get_rng_state()
     torch.testing.assert_close(layer(x), kernel_norm(x, 3))
@@ -219,8 +244,8 @@ def test_the_layer_draws_in_training_alone() -> None:
 
 def test_gradients_flow_through_moments_and_mask() -> None:
     x = offset_input(1, 2, 4, 3).requires_grad_()
-    mask = torch.rand(x.shape) > 0.3
-    assert torch.autograd.gradcheck(lambda x: kernel_norm(x, 2, 1, 1, p=0.3, mask=mask), x)
+    seed = torch.tensor(5)
+    assert torch.autograd.gradcheck(lambda x: kernel_norm(x, 2, 1, 1, p=0.3, seed=seed), x)
     assert torch.autograd.gradcheck(lambda x: kernel_norm(x, 2, 2, p=0.3), x)
 
 
@@ -264,8 +289,8 @@ def test_refusals_of_a_size(options: dict[str, Any]) -> None:
         ({"p": 1}, "p=1 is not a probability from 0 to below 1"),
         ({"p": -0.1}, "p=-0.1 is not a probability"),
         ({"p": float("nan")}, "p=nan is not a probability"),
-        ({"mask": torch.ones(1, 2, 5, 5)}, "mask must be bool and have the shape of x"),
-        ({"mask": torch.ones(1, 1, 5, 5, dtype=torch.bool)}, "mask must be bool and have the shape of x"),
+        ({"seed": torch.ones(())}, "seed must be one number of int64, got torch.float32"),
+        ({"seed": torch.arange(2)}, r"seed must be one number of int64, got torch.int64 of shape \(2,\)"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import anybatch
 from anybatch import layers
 from anybatch.functional import kn_conv
-from anybatch.methods.kernel_norm import draw_mask
+from anybatch.methods.kernel_norm import dropout_mask
 from anybatch.models.blocks import Pieces
 from helpers import error, saved_tensors
 
@@ -134,14 +134,15 @@ def test_asymmetric_padding_is_given_from_the_outermost_dimension() -> None:
 def test_equals_the_published_form(groups: int) -> None:
     """Algorithm 1: convolve, subtract the mean times the filter's sum, divide, add the bias."""
     x, weight = offset_input(2, 4, 7, 6), torch.randn(6, 4 // groups, 3, 3, dtype=torch.float64) + 1
-    bias, mask = torch.randn(6, dtype=torch.float64), torch.rand(2, 4, 7, 6) > 0.3
+    bias, seed = torch.randn(6, dtype=torch.float64), torch.tensor(5)
+    mask = dropout_mask(x, 0.3, seed)
     dropped = F.pad(x * mask / torch.tensor(0.7, dtype=torch.float64), (1, 1, 1, 1))
     units = dropped.unfold(2, 3, 2).unfold(3, 3, 2)
     var, mean = torch.var_mean(units, dim=(1, 4, 5), correction=0)
     sums = weight.sum((1, 2, 3))[:, None, None]
     z = F.conv2d(x, weight, None, 2, 1, 1, groups)
     expected = (z - mean[:, None] * sums) / (var[:, None] + 1e-5).sqrt() + bias[:, None, None]
-    torch.testing.assert_close(kn_conv(x, weight, bias, 2, 1, 1, groups, p=0.3, mask=mask), expected)
+    torch.testing.assert_close(kn_conv(x, weight, bias, 2, 1, 1, groups, p=0.3, seed=seed), expected)
 
 
 def test_a_kernel_of_1_is_layer_norm_over_channels_and_a_plain_convolution() -> None:
@@ -168,23 +169,23 @@ def test_scale_and_shift_of_a_sample_change_nothing() -> None:
 
 def test_a_constant_in_a_filter_counts_under_dropout_alone() -> None:
     x, weight = offset_input(2, 4, 7, 6), torch.randn(3, 4, 3, 3, dtype=torch.float64)
-    mask = torch.rand(x.shape) > 0.3
+    seed = torch.tensor(5)
     for options in ({}, {"p": 0.3}):
         torch.testing.assert_close(
             kn_conv(x, weight + 5, padding=1, **options), kn_conv(x, weight, padding=1, **options)
         )
-    dropped = {"padding": 1, "p": 0.3, "mask": mask}
+    dropped = {"padding": 1, "p": 0.3, "seed": seed}
     assert error(kn_conv(x, weight + 5, **dropped), kn_conv(x, weight, **dropped)) > 0.1
 
 
 def test_gradients_of_filters_have_mean_0_without_dropout() -> None:
-    x, mask = offset_input(2, 4, 7, 6), torch.rand(2, 4, 7, 6) > 0.3
+    x, seed = offset_input(2, 4, 7, 6), torch.tensor(5)
     weight = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, 3, 7, 6, dtype=torch.float64)
     (clean,) = torch.autograd.grad(kn_conv(x, weight, padding=1), weight, g)
     assert clean.abs().max() > 1
     assert clean.mean((1, 2, 3)).abs().max() < 1e-13
-    (dropped,) = torch.autograd.grad(kn_conv(x, weight, padding=1, p=0.3, mask=mask), weight, g)
+    (dropped,) = torch.autograd.grad(kn_conv(x, weight, padding=1, p=0.3, seed=seed), weight, g)
     assert dropped.mean((1, 2, 3)).abs().max() > 1e-3
 
 
@@ -243,9 +244,9 @@ def test_the_layer_draws_in_training_alone() -> None:
     layer = layers.KNConv2d(4, 3, 3, padding=1, p=0.2, eval_stats="clean", dtype=torch.float64)
     assert error(layer(x), layer(x)) > 0.001
     torch.manual_seed(7)
-    mask = draw_mask(x, 0.2)
+    seed = torch.randint(-(2**63), 2**63 - 1, ())
     torch.manual_seed(7)
-    torch.testing.assert_close(layer(x), kn_conv(x, layer.weight, layer.bias, padding=1, p=0.2, mask=mask))
+    torch.testing.assert_close(layer(x), kn_conv(x, layer.weight, layer.bias, padding=1, p=0.2, seed=seed))
     layer.eval()
     state = torch.get_rng_state()
     torch.testing.assert_close(layer(x), kn_conv(x, layer.weight, layer.bias, padding=1))
@@ -291,11 +292,11 @@ def test_gradients_of_each_sample() -> None:
 
 def test_gradcheck_with_a_mask_and_groups() -> None:
     x, weight = offset_input(1, 4, 3, 4), torch.randn(2, 2, 2, 2, dtype=torch.float64)
-    bias, mask = torch.randn(2, dtype=torch.float64), torch.rand(1, 4, 3, 4) > 0.3
+    bias, seed = torch.randn(2, dtype=torch.float64), torch.tensor(5)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
 
     def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return kn_conv(x, weight, bias, 1, 1, groups=2, p=0.3, mask=mask)
+        return kn_conv(x, weight, bias, 1, 1, groups=2, p=0.3, seed=seed)
 
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
@@ -330,11 +331,17 @@ def test_windows_are_never_written_out(kernel: int, groups: int, p: float) -> No
     assert seen.elements >= kernel**2 * x.numel()
 
 
-def test_half_precision_keeps_the_input_and_the_mask() -> None:
+def test_half_precision_keeps_the_input_and_the_output() -> None:
     layer, x = layers.KNConv2d(16, 8, 3, p=0.2), torch.randn(2, 16, 14, 14).bfloat16().requires_grad_()
     with saved_tensors() as kept:
         layer(x)
-    assert sorted(str(t.dtype) for t in kept if t.numel() >= x.numel()) == ["torch.bfloat16", "torch.bool"]
+    large = [
+        t for t in kept if t.numel() > 2 * 12 * 12 and t is not layer.weight
+    ]
+    assert sorted((tuple(t.shape), t.dtype) for t in large) == [
+        ((2, 8, 12, 12), torch.bfloat16),
+        ((2, 16, 14, 14), torch.bfloat16),
+    ]
 
 
 # The layer and the part.
@@ -420,7 +427,7 @@ def test_refusals_of_the_input() -> None:
         ((1, 4, 7, 7), (3, 2, 3, 3), {"groups": 2}, "needs filters that the groups divide evenly"),
         ((1, 1, 7, 7), (4, 1, 1, 1), {}, "leave one value in each window of x .* use fewer groups or a larger kernel"),
         ((1, 4, 7, 7), (4, 4, 3, 3), {"p": 1.5}, "p=1.5 is not a probability"),
-        ((1, 4, 7, 7), (4, 4, 3, 3), {"mask": torch.ones(1)}, "mask must be bool and have the shape of x"),
+        ((1, 4, 7, 7), (4, 4, 3, 3), {"seed": torch.ones(1)}, "seed must be one number of int64"),
     ],
     ids=str,
 )

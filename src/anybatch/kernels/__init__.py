@@ -1,5 +1,6 @@
 """Fast paths, one file a backend and op. Importing this attaches each to its reference in `anybatch.methods`."""
 
+from anybatch.kernels import fused_kn_conv as fused_kn_conv
 from anybatch.kernels import recompute
 from anybatch.kernels import recompute_group_norm as recompute_group_norm
 from anybatch.kernels import torch_batch_channel_norm as torch_batch_channel_norm

@@ -5,7 +5,7 @@ For half precision, in which a reference would keep its float32 intermediates, e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,17 +30,21 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        moving = [t.is_floating_point() for t in ctx.saved_tensors]
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        args = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors]
+        return None, *pull(ctx.call, args, gradient)
 
-        def call(*floating: Tensor) -> Tensor:
-            given, others = iter(floating), iter(ctx.others)
-            tensors = iter([next(given) if m else t for m, t in zip(moving, ctx.saved_tensors, strict=True)])
-            return ctx.call(*(next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors))
 
-        floating = [t for m, t in zip(moving, ctx.saved_tensors, strict=True) if m]
-        pulled = iter(torch.func.vjp(call, *floating)[1](gradient))
-        found = iter([next(pulled) if m else None for m in moving])
-        return None, *(next(found) if is_tensor else None for is_tensor in ctx.tensors)
+def pull(call: Callable[..., Tensor], args: Sequence[Any], gradient: Tensor) -> list[Tensor | None]:
+    """The gradients of ``call(*args)``, which is evaluated anew, for its floating-point tensors; None for the rest."""
+    moving = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+
+    def of_moving(*floating: Tensor) -> Tensor:
+        given = iter(floating)
+        return call(*(next(given) if m else a for m, a in zip(moving, args, strict=True)))
+
+    pulled = iter(torch.func.vjp(of_moving, *(a for m, a in zip(moving, args, strict=True) if m))[1](gradient))
+    return [next(pulled) if m else None for m in moving]
 
 
 def _refusal(x: Tensor, *_: Any, **__: Any) -> str | None:

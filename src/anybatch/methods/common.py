@@ -68,6 +68,13 @@ def activated(y: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](y)
 
 
+_MODULES: dict[str, type[nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+class Taken(nn.Identity):
+    """In the place of an activation that the layer in front applies."""
+
+
 class TakesActivation:
     """A layer that can apply the activation behind it itself, and then keeps one tensor for backward in place of two.
 
@@ -76,15 +83,24 @@ class TakesActivation:
 
     activation: str = "none"
     """A key of `ACTIVATIONS`."""
+    takes_residual: ClassVar[bool] = False
+    """Whether it can also add what is given to it behind its input, in front of the activation."""
 
     def take_activation(self, act: nn.Module) -> bool:
         """Apply ``act`` from now on and return True, or return False where it is none of `ACTIVATIONS`."""
-        kinds = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
-        name = kinds.get(type(act))
+        name = {kind: name for name, kind in _MODULES.items()}.get(type(act))
         if name is None or getattr(act, "approximate", "none") != "none":
             return False
         self.activation = name
         return True
+
+    def shown_activation(self) -> str:
+        """The end of `extra_repr`: empty where there is no activation."""
+        return "" if self.activation == "none" else f", activation={self.activation}"
+
+    def taken_activation(self) -> nn.Module:
+        """What `take_activation` was given, anew."""
+        return _MODULES[self.activation]()
 
 
 class ChannelLayer(nn.Module):

@@ -31,8 +31,8 @@ def check_eval_stats(eval_stats: str) -> None:
         raise ValueError(f"eval_stats={eval_stats!r} is neither 'clean' nor 'expected'")
 
 
-def check_units(x: Tensor, at: Windows, norm_groups: int, p: float, mask: Tensor | None) -> None:
-    """Raise a `ValueError` unless ``x`` has units to normalize and ``mask``, if there is one, is for it."""
+def check_units(x: Tensor, at: Windows, norm_groups: int, p: float, seed: Tensor | None) -> None:
+    """Raise a `ValueError` unless ``x`` has units to normalize and what tells of dropout does."""
     check_has_channels(x)
     check_fit(x, at)
     check_rate("p", p)
@@ -44,10 +44,8 @@ def check_units(x: Tensor, at: Windows, norm_groups: int, p: float, mask: Tensor
             f"norm_groups={norm_groups} and a kernel_size of {at.kernel} leave one value in each window of x of shape "
             f"{tuple(x.shape)}, which would erase it; use fewer groups or a larger kernel"
         )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape):
-        raise ValueError(
-            f"mask must be bool and have the shape of x, {tuple(x.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
-        )
+    if seed is not None and (seed.dtype != torch.int64 or seed.dim()):
+        raise ValueError(f"seed must be one number of int64, got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
 def unit_moments(
@@ -60,15 +58,14 @@ def unit_moments(
         groups: G, a divisor of C.
         at: The windows.
         p: Rate of dropout.
-        mask: (N, C, *), False where a value is dropped out; None for what both moments are on average over masks.
+        mask: (N, C, *), int8, 0 where a value is dropped out; None for what both moments are on average over masks.
 
     Returns:
         Mean ``m'`` and variance ``v'`` of ``x mask / (1 - p)``; without a mask ``m' = m`` and
         ``v' = v + p / (1 - p) (v + m^2) (1 - 1 / S)`` for windows of S values, none of which the padding repeats.
     """
     if mask is not None:
-        # Torch multiplies by an integer three times as fast as by a bool.
-        mean, var = window_moments(x * mask.view(torch.int8), groups, at)
+        mean, var = window_moments(x * mask, groups, at)
         return mean / (1 - p), var / (1 - p) ** 2
     mean, var = window_moments(x, groups, at)
     if p:
@@ -88,7 +85,7 @@ def kernel_norm(
     padding_mode: str = "zeros",
     norm_groups: int = 1,
     p: float = 0.0,
-    mask: Tensor | None = None,
+    seed: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalize each window of the padded map over its positions and all channels, and lay the windows side by side.
@@ -108,8 +105,8 @@ def kernel_norm(
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         norm_groups: G, a divisor of C: so many groups of neighboring channels are normalized apart.
         p: Rate of the dropout, in [0, 1).
-        mask: (N, C, *), bool, False where a value of ``x`` is dropped out; windows share it. What it keeps is divided
-            by 1 - p. Without it ``p`` gives the moments expected over masks, ``mean u' = mean u`` and
+        seed: One number, int64, of which `dropout_mask` makes what is dropped out; windows share it. What is kept is
+            divided by 1 - p. Without it ``p`` gives the moments expected over masks, ``mean u' = mean u`` and
             ``var u' = var u + p / (1 - p) mean(u^2) (1 - 1 / S)`` for a window of S values.
         eps: Added to the variance.
 
@@ -119,7 +116,7 @@ def kernel_norm(
 
     Raises:
         ValueError: If ``x`` has another rank than ``kernel_size``, ``norm_groups`` does not divide C, no window fits, a
-            window holds one value, which normalizing would erase, ``p`` is outside [0, 1), ``mask`` is not for ``x``,
+            window holds one value, which normalizing would erase, ``p`` is outside [0, 1), ``seed`` is not one number,
             or an argument is malformed.
 
     Source:
@@ -130,7 +127,8 @@ def kernel_norm(
     check_has_channels(x)
     dims = x.dim() - 2
     at = windows(dims, kernel_size, stride, padding, dilation, padding_mode)
-    check_units(x, at, norm_groups, p, mask)
+    check_units(x, at, norm_groups, p, seed)
+    mask = None if seed is None else dropout_mask(x, p, seed)
     mean, var = unit_moments(x, norm_groups, at, p, mask)
     unit, rstd = pad(x, at), torch.rsqrt(var + eps)
     last = channels_are_last(x)
@@ -151,22 +149,37 @@ def kernel_norm(
     return y.movedim(-1, 1) if last else y
 
 
-def draw_mask(x: Tensor, p: float) -> Tensor:
-    """A mask for (N, C, *) in its memory format: bool, False with probability ``p``, which is rounded to 1 / 65,536."""
-    # Four values from each 64-bit number: on the CPU a fifth of the time of torch's dropout.
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+"""The constants of SplitMix64 as int64."""
+
+
+def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Which values of (N, C, *) a seed keeps: int8, 0 with probability ``p``, rounded to 1 / 65,536, and else 1.
+
+    Value i in the order of memory, channels first or last, takes 16 bits of the (i // 4)-th number of SplitMix64 from
+    that seed, so that backward need not keep the mask, and every device makes the same.
+
+    Source:
+        Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 9 and section 4.
+    """
     n = x.numel()
-    numbers = torch.randint(-(2**63), 2**63 - 1, ((n + 3) // 4,), device=x.device)
-    kept = numbers.view(torch.int16)[:n] >= min(round(p * 2**16), 2**16 - 1) - 2**15
+    # Shifts of int64 keep the sign: what they shift in is masked away.
+    z = torch.arange(1, (n + 3) // 4 + 1, device=x.device) * _GOLDEN + seed
+    z = (z ^ ((z >> 30) & (2**34 - 1))).mul_(_FIRST)
+    z = (z ^ ((z >> 27) & (2**37 - 1))).mul_(_SECOND)
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    # Torch multiplies by an integer three times as fast as by a bool.
+    kept = (z.view(torch.int16)[:n] >= min(round(p * 2**16), 2**16 - 1) - 2**15).view(torch.int8)
     if channels_are_last(x):
         return kept.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     return kept.view(x.shape)
 
 
 def dropout(x: Tensor, p: float, eval_stats: EvalStats, training: bool) -> dict[str, Any]:
-    """A layer's ``p`` and ``mask`` for its op: drawn in training, and in evaluation what ``eval_stats`` says."""
+    """A layer's ``p`` and ``seed`` for its op: drawn in training, and in evaluation what ``eval_stats`` says."""
     if training and p:
-        return {"p": p, "mask": draw_mask(x, p)}
-    return {"p": p if eval_stats == "expected" else 0.0, "mask": None}
+        return {"p": p, "seed": torch.randint(-(2**63), 2**63 - 1, (), device=x.device)}
+    return {"p": p if eval_stats == "expected" else 0.0, "seed": None}
 
 
 class _KernelNorm(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
-from anybatch.methods.common import widened
+from anybatch.methods.common import TakesActivation, activated, widened
 from anybatch.methods.kernel_norm import (
     EvalStats,
     KernelNorm1d,
@@ -19,6 +19,7 @@ from anybatch.methods.kernel_norm import (
     check_eval_stats,
     check_units,
     dropout,
+    dropout_mask,
     unit_moments,
 )
 from anybatch.methods.windows import Padding, Sizes, Windows, pad, pixel_means, window_means, windows
@@ -40,8 +41,10 @@ def kn_conv(
     padding_mode: str = "zeros",
     norm_groups: int = 1,
     p: float = 0.0,
-    mask: Tensor | None = None,
+    seed: Tensor | None = None,
     eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolve windows that are each normalized over their positions and all channels.
 
@@ -71,41 +74,35 @@ def kn_conv(
         norm_groups: A divisor of ``groups``: so many groups of channels are normalized apart. By default, and as
             published, a window is normalized over all channels, also where the convolution has groups.
         p: Rate of the dropout, in [0, 1).
-        mask: (N, C, *), bool, False where a value of ``x`` is dropped out; windows share it. What it keeps is divided
-            by 1 - p. Without it ``p`` gives the moments expected over masks, ``mean u' = mean u`` and
+        seed: One number, int64, of which `dropout_mask` makes what is dropped out; windows share it. What is kept is
+            divided by 1 - p. Without it ``p`` gives the moments expected over masks, ``mean u' = mean u`` and
             ``var u' = var u + p / (1 - p) mean(u^2) (1 - 1 / S)`` for a window of S values.
         eps: Added to the variance.
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``, of the result.
+        residual: Added to the result before its activation; of its shape.
 
     Returns:
         (N, O, *), with the dtype of ``x``; windows that the padded map does not hold whole are left out.
 
     Raises:
         ValueError: If ``x`` and ``weight`` do not go together, ``norm_groups`` does not divide ``groups``, no window
-            fits, a window holds one value, which normalizing would erase, ``p`` is outside [0, 1), ``mask`` is not for
-            ``x``, or an argument is malformed.
+            fits, a window holds one value, which normalizing would erase, ``p`` is outside [0, 1), ``seed`` is not one
+            number, ``residual`` has another shape than the result, or an argument is malformed.
 
     Source:
         Nasirigerdeh et al. 2024, "Kernel Normalized Convolutional Networks", arXiv:2205.10089, eq. 1-5, algorithm 1.
         Their form convolves with the filters as they are and subtracts ``mean u' sum W_o`` from the result.
     """
-    dims = weight.dim() - 2
-    if not 1 <= dims <= 3:
-        raise ValueError(f"weight must have 1 to 3 dimensions of positions, got shape {tuple(weight.shape)}")
-    at = windows(dims, tuple(weight.shape[2:]), stride, padding, dilation, padding_mode)
-    _check_groups(groups, norm_groups)
-    check_units(x, at, norm_groups, p, mask)
-    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        raise ValueError(
-            f"weight of shape {tuple(weight.shape)} with groups={groups} takes {weight.shape[1] * groups} channels and "
-            f"needs filters that the groups divide evenly, got x of shape {tuple(x.shape)}"
-        )
+    at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
+    mask = None if seed is None else dropout_mask(x, p, seed)
+    dims = len(at.kernel)
     mean, var = unit_moments(x, norm_groups, at, p, mask)
     w = weight.to(mean.dtype)
     w_mean = w.mean(tuple(range(1, w.dim())), keepdim=True)
     filters = (w - w_mean).to(x.dtype)
     # Filters that share a convolution group are laid out as (G, O / G), beside maps of one value a group.
     per_filter = (groups, -1, *(1 for _ in range(dims)))
-    z = widened(_convolve(x, filters, at, groups)).unflatten(1, (groups, -1))
+    z = widened(convolve(x, filters, at, groups)).unflatten(1, (groups, -1))
     own = mean if mask is None and groups == norm_groups else window_means(pixel_means(x, groups), at)
     if filters.dtype != w.dtype:
         # The sum of centered filters is 0 whatever W is, so that no gradient flows through what rounding left of it.
@@ -116,7 +113,44 @@ def kn_conv(
         z = torch.addcmul(z, (own - _each_group(mean, groups)).unsqueeze(2), total.reshape(per_filter))
     scale = _each_group(torch.rsqrt(var + eps), groups).unsqueeze(2)
     y = z * scale if bias is None else torch.addcmul(bias.to(z.dtype).reshape(per_filter), z, scale)
-    return y.flatten(1, 2).to(x.dtype)
+    y = y.flatten(1, 2).to(x.dtype)
+    if residual is not None:
+        check_residual(residual, y.shape)
+        y = y + residual
+    return activated(y, activation)
+
+
+def filter_windows(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Padding,
+    dilation: Sizes,
+    groups: int,
+    padding_mode: str,
+    norm_groups: int,
+    p: float,
+    seed: Tensor | None,
+) -> Windows:
+    """The windows of `kn_conv`, whose errors this raises."""
+    dims = weight.dim() - 2
+    if not 1 <= dims <= 3:
+        raise ValueError(f"weight must have 1 to 3 dimensions of positions, got shape {tuple(weight.shape)}")
+    at = windows(dims, tuple(weight.shape[2:]), stride, padding, dilation, padding_mode)
+    _check_groups(groups, norm_groups)
+    check_units(x, at, norm_groups, p, seed)
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} with groups={groups} takes {weight.shape[1] * groups} channels and "
+            f"needs filters that the groups divide evenly, got x of shape {tuple(x.shape)}"
+        )
+    return at
+
+
+def check_residual(residual: Tensor, shape: torch.Size) -> None:
+    """Raise a `ValueError` unless what is added to the result has its shape."""
+    if residual.shape != shape:
+        raise ValueError(f"residual of shape {tuple(residual.shape)} is added to a result of shape {tuple(shape)}")
 
 
 def _check_groups(groups: int, norm_groups: int) -> None:
@@ -129,7 +163,7 @@ def _check_groups(groups: int, norm_groups: int) -> None:
         )
 
 
-def _convolve(x: Tensor, filters: Tensor, at: Windows, groups: int) -> Tensor:
+def convolve(x: Tensor, filters: Tensor, at: Windows, groups: int) -> Tensor:
     conv = _CONVS[len(at.kernel) - 1]
     if at.padding_mode == "zeros" and at.symmetric is not None:
         return conv(x, filters, None, at.stride, at.symmetric, at.dilation, groups)
@@ -141,10 +175,11 @@ def _each_group(values: Tensor, groups: int) -> Tensor:
     return values if values.shape[1] in (1, groups) else values.repeat_interleave(groups // values.shape[1], 1)
 
 
-class _KNConv(nn.modules.conv._ConvNd):
+class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
     """What the three sizes of `KNConv1d` share. Not torch's ``Conv1d``, for which other tools would take it."""
 
     dims: ClassVar[int]
+    takes_residual = True
 
     def __init__(
         self,
@@ -200,7 +235,7 @@ class _KNConv(nn.modules.conv._ConvNd):
         self.eval_stats: EvalStats = eval_stats
         self.eps = eps
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         alone = input.dim() == self.dims + 1
         x = input.unsqueeze(0) if alone else input
         if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
@@ -223,6 +258,8 @@ class _KNConv(nn.modules.conv._ConvNd):
             padding_mode=self.padding_mode,
             norm_groups=self.norm_groups,
             eps=self.eps,
+            activation=self.activation,
+            residual=residual.unsqueeze(0) if alone and residual is not None else residual,
             **dropout(x, self.p, self.eval_stats, self.training),
         )
         return y.squeeze(0) if alone else y
@@ -254,12 +291,13 @@ class _KNConv(nn.modules.conv._ConvNd):
             eval_stats=self.eval_stats,
             padding_mode=self.padding_mode,
         )
-        return nn.Sequential(normalize, plain).train(self.training)
+        behind = () if self.activation == "none" else (self.taken_activation(),)
+        return nn.Sequential(normalize, plain, *behind).train(self.training)
 
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, norm_groups={self.norm_groups}, p={self.p}, eval_stats={self.eval_stats}, "
-            f"eps={self.eps}"
+            f"eps={self.eps}" + ("" if self.activation == "none" else f", activation={self.activation}")
         )
 
 

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from anybatch.methods.common import TakesActivation
+
 
 def alike(blocks: int, *, join: Callable[[], Join]) -> Callable[[bool], Join]:
     """The rule of a network whose joins are all alike, whatever their number and place: each is what ``join`` makes."""
@@ -33,12 +35,28 @@ class Join(nn.Module):
         self.drop: nn.Module | None = None
         """Stochastic depth of the branch, which the network sets where it has it."""
 
+        self.inside = False
+        """Whether the branch's last convolution adds the skip connection itself."""
+
     def prepare(self, x: Tensor) -> Tensor:
         """What the branch takes, and the projection of a block that has one, in place of ``x``."""
         return x
 
     def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
         return self.combine(branch if self.drop is None else self.drop(branch), skip)
+
+    def move_inside(self, conv: nn.Module) -> bool:
+        """Leave the sum to the branch's last convolution, if this is a plain join and the convolution can add."""
+        plain = type(self) is Join and self.drop is None
+        self.inside = plain and isinstance(conv, TakesActivation) and conv.takes_residual
+        return self.inside
+
+    def end(self, h: Tensor, skip: Tensor, conv: nn.Module, norm: nn.Module | None = None) -> Tensor:
+        """What the branch's last convolution and the norm behind it make of ``h``, joined with the skip connection."""
+        if self.inside:
+            return conv(h, skip)
+        h = conv(h)
+        return self(h if norm is None else norm(h), skip)
 
     def combine(self, branch: Tensor, skip: Tensor) -> Tensor:
         """The sum, of a branch that stochastic depth has passed."""

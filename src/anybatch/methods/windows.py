@@ -189,8 +189,12 @@ def window_moments(x: Tensor, groups: int, at: Windows) -> tuple[Tensor, Tensor]
     x_ngc = widened(x).unflatten(1, (groups, -1))
     mean = _channel_means(x_ngc)
     # Adding what was negated before, for the same reason.
-    var = pad(_channel_means((x_ngc + -mean.unsqueeze(2)).square()), at)
-    mean = pad(mean, at)
+    return combined_moments(mean, _channel_means((x_ngc + -mean.unsqueeze(2)).square()), at)
+
+
+def combined_moments(mean: Tensor, var: Tensor, at: Windows) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each window from those of its positions, (N, G, *) both."""
+    mean, var = pad(mean, at), pad(var, at)
     for dim, k in enumerate(at.kernel):
         means, vars_ = taps(mean, at, dim, dim + 2), taps(var, at, dim, dim + 2)
         if k == 1:

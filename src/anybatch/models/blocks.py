@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from anybatch.methods.common import TakesActivation
+from anybatch.methods.common import Taken, TakesActivation
 from anybatch.methods.residual import Join
 from anybatch.methods.stochastic_depth import StochasticDepth
 from anybatch.scheme import Scheme, check_rate
@@ -109,9 +109,18 @@ class Pieces:
             return self._of_dims(self.scheme.norm_act)(channels), nn.Identity()
         # Behind no norm it would overwrite what went into the norm, which a pre-activated block's skip still needs.
         norm, act = self.norm(channels), self.act(inplace=self.scheme.norm is not None)
-        last = behind if isinstance(norm, nn.Identity) else norm
-        taken = isinstance(last, TakesActivation) and last.take_activation(act)
-        return norm, nn.Identity() if taken else act
+        return norm, _behind(behind if isinstance(norm, nn.Identity) else norm, act)
+
+    def join_act(self, join: Join, conv: nn.Module, norm: nn.Module) -> nn.Module:
+        """The activation behind a join; the identity where the branch's last layers do both.
+
+        Args:
+            join: Of the branch.
+            conv: The branch's last convolution.
+            norm: What `norm` gave for behind it.
+        """
+        act = join.activation(self.act())
+        return _behind(conv, act) if isinstance(norm, nn.Identity) and join.move_inside(conv) else act
 
     def final_norm(self, channels: int) -> nn.Module:
         """A norm in front of the head, where the last convolution has none behind it."""
@@ -153,6 +162,11 @@ def named_act(name: str) -> Callable[[], nn.Module] | None:
     if name not in ("relu", "mish"):
         raise ValueError(f"act must be 'relu' or 'mish', got {name!r}")
     return None if name == "relu" else nn.Mish
+
+
+def _behind(layer: nn.Module | None, act: nn.Module) -> nn.Module:
+    """What is left to apply behind a layer that may take an activation."""
+    return Taken() if isinstance(layer, TakesActivation) and layer.take_activation(act) else act
 
 
 def torch_init(model: nn.Module) -> None:

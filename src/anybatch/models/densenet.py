@@ -34,7 +34,7 @@ class DenseLayer(nn.Module):
         self.norm1, self.relu1 = pieces.norm_act(in_channels)
         if bottleneck:
             self.conv1 = pieces.conv(in_channels, 4 * growth, 1)
-            self.norm2, self.relu2 = pieces.norm_act(4 * growth)
+            self.norm2, self.relu2 = pieces.norm_act(4 * growth, behind=self.conv1)
             self.conv2 = pieces.conv(4 * growth, growth, 3)
         else:
             self.conv1 = pieces.conv(in_channels, growth, 3)
@@ -152,7 +152,7 @@ class DenseNet(Network):
         self.features = nn.Sequential()
         if stem == "imagenet":
             self.features.conv0 = pieces.conv(in_chans, channels, 7, 2)
-            self.features.norm0, self.features.relu0 = pieces.norm_act(channels)
+            self.features.norm0, self.features.relu0 = pieces.norm_act(channels, behind=self.features.conv0)
             self.features.pool0 = nn.MaxPool2d(3, stride=2, padding=1)
             levels = [Level(("features.conv0", "features.norm0", "features.relu0"), channels, 2)]
             between, reduction = ("features.pool0",), 4

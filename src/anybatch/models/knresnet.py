@@ -44,19 +44,23 @@ class Block(nn.Module):
         self.depth = len(kernels)
         widths = (channels, *[inner] * (self.depth - 1), channels)
         for i, kernel in enumerate(kernels):
-            norm, act = pieces.norm_act(widths[i])
+            before = self.get_submodule(f"conv{i}") if i else None
+            norm, act = pieces.norm_act(widths[i], behind=before)
             padding = (kernel - 1) // 2 if kernel % 2 or i else kernel // 2
             self.add_module(f"norm{i + 1}", norm)
             self.add_module(f"relu{i + 1}", act)
             self.add_module(f"conv{i + 1}", pieces.conv(widths[i], widths[i + 1], kernel, padding=padding))
         self.join = pieces.join()
+        self.join.move_inside(self.get_submodule(f"conv{self.depth}"))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for i in range(1, self.depth + 1):
-            h = self.get_submodule(f"relu{i}")(self.get_submodule(f"norm{i}")(h))
-            h = self.get_submodule(f"conv{i}")(self.join.prepare(h) if i == 1 else h)
-        return self.join(h, x)
+        h = self.join.prepare(self._normalized(x, 1))
+        for i in range(2, self.depth + 1):
+            h = self._normalized(self.get_submodule(f"conv{i - 1}")(h), i)
+        return self.join.end(h, x, self.get_submodule(f"conv{self.depth}"))
+
+    def _normalized(self, h: Tensor, i: int) -> Tensor:
+        return self.get_submodule(f"relu{i}")(self.get_submodule(f"norm{i}")(h))
 
 
 class ConvBlock(nn.Module):

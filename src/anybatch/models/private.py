@@ -28,9 +28,9 @@ class Block(nn.Module):
         super().__init__()
         self.join = pieces.join()
         self.conv1 = pieces.conv(channels, channels, 3)
-        self.norm1, self.activ1 = pieces.norm_act(channels)
+        self.norm1, self.activ1 = pieces.norm_act(channels, behind=self.conv1)
         self.conv2 = pieces.conv(channels, channels, 3)
-        self.norm2, self.activ2 = pieces.norm_act(channels)
+        self.norm2, self.activ2 = pieces.norm_act(channels, behind=self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.activ1(self.norm1(self.conv1(self.join.prepare(x))))
@@ -79,7 +79,8 @@ class ResNet8(Network):
         pieces = Pieces(scheme, blocks=2, act=act)
         widths = (in_chans, width, 2 * width, 4 * width)
         for i in (1, 2, 3):
-            block = nn.Sequential(pieces.conv(widths[i - 1], widths[i], 3), *pieces.norm_act(widths[i]))
+            conv = pieces.conv(widths[i - 1], widths[i], 3)
+            block = nn.Sequential(conv, *pieces.norm_act(widths[i], behind=conv))
             if i > 1:
                 block.append(nn.MaxPool2d(2))
                 self.add_module(f"res_block{i - 1}", Block(pieces, widths[i]))

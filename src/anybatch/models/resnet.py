@@ -60,17 +60,16 @@ class BasicBlock(_Block):
         self, pieces: Pieces, in_channels: int, width: int, out_channels: int, stride: int, groups: int
     ) -> None:
         self.conv1 = pieces.conv(in_channels, width, 3, stride)
-        self.bn1, self.act1 = pieces.norm_act(width)
+        self.bn1, self.act1 = pieces.norm_act(width, behind=self.conv1)
         self.conv2 = pieces.conv(width, out_channels, 3)
         self.bn2 = pieces.norm(out_channels, last_in_branch=True)
-        self.act2 = self.join.activation(pieces.act())
+        self.act2 = pieces.join_act(self.join, self.conv2, self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.join.prepare(x)
         skip = x if self.downsample is None else self.downsample(h)
         h = self.act1(self.bn1(self.conv1(h)))
-        h = self.bn2(self.conv2(h))
-        return self.act2(self.join(h, skip))
+        return self.act2(self.join.end(h, skip, self.conv2, self.bn2))
 
 
 class Bottleneck(_Block):
@@ -82,20 +81,19 @@ class Bottleneck(_Block):
         self, pieces: Pieces, in_channels: int, width: int, out_channels: int, stride: int, groups: int
     ) -> None:
         self.conv1 = pieces.conv(in_channels, width, 1)
-        self.bn1, self.act1 = pieces.norm_act(width)
+        self.bn1, self.act1 = pieces.norm_act(width, behind=self.conv1)
         self.conv2 = pieces.conv(width, width, 3, stride, groups=groups)
-        self.bn2, self.act2 = pieces.norm_act(width)
+        self.bn2, self.act2 = pieces.norm_act(width, behind=self.conv2)
         self.conv3 = pieces.conv(width, out_channels, 1)
         self.bn3 = pieces.norm(out_channels, last_in_branch=True)
-        self.act3 = self.join.activation(pieces.act())
+        self.act3 = pieces.join_act(self.join, self.conv3, self.bn3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.join.prepare(x)
         skip = x if self.downsample is None else self.downsample(h)
         h = self.act1(self.bn1(self.conv1(h)))
         h = self.act2(self.bn2(self.conv2(h)))
-        h = self.bn3(self.conv3(h))
-        return self.act3(self.join(h, skip))
+        return self.act3(self.join.end(h, skip, self.conv3, self.bn3))
 
 
 class PreActBasicBlock(_Block):
@@ -108,14 +106,15 @@ class PreActBasicBlock(_Block):
     ) -> None:
         self.bn1, self.act1 = pieces.norm_act(in_channels)
         self.conv1 = pieces.conv(in_channels, width, 3, stride)
-        self.bn2, self.act2 = pieces.norm_act(width)
+        self.bn2, self.act2 = pieces.norm_act(width, behind=self.conv1)
         self.conv2 = pieces.conv(width, out_channels, 3)
+        self.join.move_inside(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.join.prepare(self.act1(self.bn1(x)))
         skip = x if self.downsample is None else self.downsample(h)
-        h = self.conv2(self.act2(self.bn2(self.conv1(h))))
-        return self.join(h, skip)
+        h = self.act2(self.bn2(self.conv1(h)))
+        return self.join.end(h, skip, self.conv2)
 
 
 class PreActBottleneck(_Block):
@@ -129,18 +128,18 @@ class PreActBottleneck(_Block):
     ) -> None:
         self.bn1, self.act1 = pieces.norm_act(in_channels)
         self.conv1 = pieces.conv(in_channels, width, 1)
-        self.bn2, self.act2 = pieces.norm_act(width)
+        self.bn2, self.act2 = pieces.norm_act(width, behind=self.conv1)
         self.conv2 = pieces.conv(width, width, 3, stride, groups=groups)
-        self.bn3, self.act3 = pieces.norm_act(width)
+        self.bn3, self.act3 = pieces.norm_act(width, behind=self.conv2)
         self.conv3 = pieces.conv(width, out_channels, 1)
+        self.join.move_inside(self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.join.prepare(self.act1(self.bn1(x)))
         skip = x if self.downsample is None else self.downsample(h)
         h = self.conv1(h)
         h = self.conv2(self.act2(self.bn2(h)))
-        h = self.conv3(self.act3(self.bn3(h)))
-        return self.join(h, skip)
+        return self.join.end(self.act3(self.bn3(h)), skip, self.conv3)
 
 
 Block = type[_Block]
@@ -222,7 +221,8 @@ class ResNet(Network):
         else:
             raise ValueError(f"stem must be 'imagenet', 'cifar' or 'bit', got {stem!r}")
         # A pre-activated network normalizes at the start of its blocks and once behind the last.
-        self.bn1, self.act1 = (nn.Identity(), nn.Identity()) if block.preactivated else pieces.norm_act(channels)
+        none = (nn.Identity(), nn.Identity())
+        self.bn1, self.act1 = none if block.preactivated else pieces.norm_act(channels, behind=self.conv1)
         reduction = 1 if stem == "cifar" else 2
         levels = [Level(("conv1", "bn1", "act1"), channels, reduction)]
         reduction = 1 if stem == "cifar" else 4

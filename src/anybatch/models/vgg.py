@@ -68,8 +68,8 @@ class VGG(Network):
                 conv = pieces.conv(channels, width * min(2**i, 8), 3, bias=True)
                 channels = width * min(2**i, 8)
                 # What the scheme leaves out takes no place, as in torchvision's two numberings.
-                for module in (conv, *pieces.norm_act(channels)):
-                    if not isinstance(module, nn.Identity):
+                for module in (conv, *pieces.norm_act(channels, behind=conv)):
+                    if type(module) is not nn.Identity:
                         pending.append(f"features.{len(self.features)}")
                         self.features.append(module)
             levels.append(Level(tuple(pending), channels, 2**i))

@@ -1,0 +1,245 @@
+"""KNConv with its backward in closed form: of activations it keeps its input and its output, and no other tensor.
+
+With r = 1 / sqrt(var u' + eps), z the convolution with centered filters, own = mean u and s = sum W:
+y = r (z + (own - mean u') s) + b. For the gradient g of y, behind the activation, and h = r g:
+
+    d z = h,  d b = sum g,  d own = sum_o h_o s_o,  d mean u' = -d own,  d s = sum h (own - mean u')
+    d var u' = -r^2 / 2 sum_o g_o (y_o - b_o)
+
+The last needs the output alone, and only where g is not 0: behind a ReLU its own output does, and behind a sum what the
+sum gave less what was added. Window means and variances are averages over positions of means and variances over
+channels, so their gradients are spread over the positions by the transposed average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anybatch.kernels.compiled import helper
+from anybatch.kernels.recompute import pull
+from anybatch.methods.common import widened
+from anybatch.methods.kernel_norm import dropout_mask
+from anybatch.methods.kn_conv import check_residual, convolve, filter_windows, kn_conv
+from anybatch.methods.windows import Padding, Sizes, Windows, combined_moments, window_means
+
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def _refusal(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    norm_groups: int = 1,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses the reference itself"
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportAttributeAccessIssue]
+        return "a transform of torch.func is under way"
+    if groups != 1:
+        return f"groups={groups}: statistics of one group are all it takes"
+    if activation not in ("none", "relu"):
+        return f"activation={activation!r} cannot be undone from its output"
+    if p and seed is None:
+        return "moments expected over masks are for evaluation"
+    if x.dim() != weight.dim() or (x.dtype != weight.dtype and x.dtype.itemsize >= 4):
+        return "x and weight differ in their dimensions or dtypes"
+    if not x.is_floating_point():
+        return "x is not floating point"
+    if padding_mode != "zeros" or padding == "same" or not isinstance(padding, (int, str, tuple, list)):
+        return f"padding={padding!r} in mode {padding_mode!r}: it adds zeros, as many on both sides"
+    if isinstance(padding, (tuple, list)) and not all(isinstance(n, int) for n in padding):
+        return "the sides are padded differently"
+    return None
+
+
+@helper
+def _pixel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the channels of (N, C, *), (N, 1, *)."""
+    x = widened(x)
+    mean = x.mean(1, keepdim=True)
+    return mean, (x - mean).square().mean(1, keepdim=True)
+
+
+@helper
+def _epilogue(
+    z: Tensor, scale: Tensor, shift: Tensor | None, residual: Tensor | None, relu: bool, dtype: torch.dtype
+) -> Tensor:
+    """``relu(z * scale + shift + residual)``, rounded before the sum."""
+    wide = z.to(scale.dtype)
+    y = (wide * scale if shift is None else torch.addcmul(shift, wide, scale)).to(dtype)
+    if residual is not None:
+        y = y.add_(residual)
+    return y.relu_() if relu else y
+
+
+@helper
+def _through_epilogue(
+    gradient: Tensor, y: Tensor, residual: Tensor | None, bias: Tensor | None, scale: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients g in front of the activation and ``g * scale``, and ``sum_o g_o (y_o - residual_o - b_o)``."""
+    g = torch.ops.aten.threshold_backward(gradient, y, 0) if relu else gradient
+    wide = g.to(scale.dtype)
+    own = y.to(scale.dtype)
+    if residual is not None:
+        own = own - residual
+    if bias is not None:
+        own = own - bias
+    return g, (wide * scale).to(g.dtype), (wide * own).sum(1, keepdim=True)
+
+
+@helper
+def _with_statistics(g_x: Tensor, x: Tensor, mask: Tensor | None, slope: Tensor, offset: Tensor) -> Tensor:
+    """``g_x + mask * (slope * x + offset)``."""
+    through = torch.addcmul(offset, x.to(slope.dtype), slope)
+    if mask is not None:
+        through = through * mask
+    return (g_x + through).to(x.dtype)
+
+
+def _centered(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The centered filters, and their means in float32 or wider."""
+    w = widened(weight).to(torch.promote_types(dtype, torch.float32))
+    w_mean = w.mean(tuple(range(1, w.dim())), keepdim=True)
+    return (w - w_mean).to(dtype), w_mean
+
+
+def _spread(fields: Tensor, at: Windows, positions: torch.Size) -> Tensor:
+    """The transpose of the mean over each window: (N, K, windows) to (N, K, positions)."""
+    if at.positions == 1 and not at.padded and all(s == 1 for s in at.stride):
+        return fields
+    fields = fields / at.positions
+    flat = fields.reshape(-1, 1, *fields.shape[2:])
+    taps = torch.ones(1, 1, *at.kernel, dtype=fields.dtype, device=fields.device)
+    pads = [before for before, _ in at.pads]
+    whole = zip(positions, fields.shape[2:], at.stride, pads, at.spans, strict=True)
+    rest = [size - ((windows - 1) * stride - 2 * pad + span) for size, windows, stride, pad, span in whole]
+    spread = _TRANSPOSED[len(at.kernel) - 1](flat, taps, None, at.stride, pads, rest, 1, at.dilation)
+    return spread.reshape(*fields.shape[:2], *positions)
+
+
+class _KNConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Callable[..., Tensor],
+        at: Windows,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        p: float,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pixels = _pixel_moments(x)
+        mask = None if seed is None else dropout_mask(x, p, seed)
+        mean, var = combined_moments(*(pixels if mask is None else _pixel_moments(x * mask)), at)
+        if p:
+            mean, var = mean / (1 - p), var / (1 - p) ** 2
+        scale = torch.rsqrt(var + eps)
+        filters, w_mean = _centered(weight, x.dtype)
+        z = convolve(x, filters, at, 1)
+        # What is added to z, a map of one value a position for each filter: nothing in float32 without dropout.
+        beside = [1, -1] + [1] * len(at.kernel)
+        own = mean if mask is None else window_means(pixels[0], at)
+        if filters.dtype != wide:
+            rest = filters.to(wide).flatten(1).sum(1)
+            z = torch.addcmul(z.to(wide), own, rest.reshape(beside), value=-1)
+        total = w_mean.flatten() * weight[0].numel()
+        if mask is not None:
+            z = torch.addcmul(z.to(wide), own - mean, total.reshape(beside))
+        shift = None if bias is None else bias.to(wide).reshape(beside)
+        if residual is not None:
+            check_residual(residual, z.shape)
+        y = _epilogue(z, scale, shift, residual, relu, x.dtype)
+        ctx.call, ctx.at, ctx.p, ctx.relu = call, at, p, relu
+        ctx.save_for_backward(x, weight, bias, residual, seed, mean, scale, y, None if mask is None else own - mean)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias, residual, seed, mean, scale, y, apart = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives
+            tensors = (x, weight, bias, residual, seed)
+            return None, None, *pull(ctx.call, tensors, gradient), None, None, None
+        at, wide = ctx.at, scale.dtype
+        shift = None if bias is None else bias.to(wide).reshape([1, -1] + [1] * len(at.kernel))
+        if gradient.stride() != y.stride():  # expanded, say
+            gradient = torch.empty_like(y).copy_(gradient)
+        g, h, along = _through_epilogue(gradient, y, residual, shift, scale, ctx.relu)
+        over = (0, *range(2, g.dim()))
+        g_bias = None if bias is None else g.sum(over, dtype=wide).to(bias.dtype)
+        filters, w_mean = _centered(weight, x.dtype)
+        needed = (ctx.needs_input_grad[2], True, False)
+        geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)
+        g_x, g_filters, _ = torch.ops.aten.convolution_backward(h, x, filters, None, *geometry, needed)
+        g_weight = g_filters.to(wide)
+        g_weight = g_weight - g_weight.mean(tuple(range(1, weight.dim())), keepdim=True)
+        g_var = -0.5 * scale.square() * along
+        g_own = None
+        if apart is not None:
+            h = h.to(wide)
+            g_total = (h * apart).sum(over)
+            g_weight = g_weight + g_total.reshape(-1, *[1] * (weight.dim() - 1))
+            total = w_mean.flatten() * weight[0].numel()
+            g_own = (h * total.reshape([1, -1] + [1] * len(at.kernel))).sum(1, keepdim=True)
+        if g_x is not None:
+            channels = x.shape[1]
+            g_mean = 0 if g_own is None else -g_own / (1 - ctx.p)
+            g_var, mean = g_var / (1 - ctx.p) ** 2, mean * (1 - ctx.p)
+            fields = [g_var, g_mean - 2 * g_var * mean]
+            if g_own is not None:
+                fields.append(g_own)
+            spread = _spread(torch.cat(fields, 1), at, x.shape[2:]) / channels
+            slope, offset = 2 * spread[:, :1], spread[:, 1:2]
+            mask = None if seed is None else dropout_mask(x, ctx.p, seed)
+            g_x = _with_statistics(g_x, x, mask, slope, offset)
+            if g_own is not None:
+                g_x = g_x + spread[:, 2:].to(g_x.dtype)
+        return None, None, g_x, g_weight.to(weight.dtype), g_bias, g if residual is not None else None, *[None] * 4
+
+
+@kn_conv.kernel("fused", refusal=_refusal)
+def fused_kn_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    norm_groups: int = 1,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
+    options = {"p": p, "eps": eps, "activation": activation}
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> Tensor:
+        more = {**options, "seed": seed, "residual": residual}
+        return kn_conv.reference(x, weight, bias, stride, padding, dilation, **more)
+
+    return _KNConv.apply(call, at, x, weight, bias, residual, seed, p, eps, activation == "relu")  # pyright: ignore[reportReturnType]
