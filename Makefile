@@ -7,7 +7,7 @@ BIN := .venv/bin
 OUT ?= runs/compare-digits
 OPTIONS ?=
 
-.PHONY: compare test test-all check bench numerics clean
+.PHONY: compare test test-all check bench speed numerics clean
 
 compare: .venv/base
 	$(BIN)/anybatch compare --data digits --out $(OUT) $(OPTIONS)
@@ -25,7 +25,10 @@ check: .venv/dev
 	$(BIN)/python -m pytest -q
 
 bench: .venv/base
-	$(BIN)/python benchmarks/steps.py $(OPTIONS)
+	@$(BIN)/anybatch bench --out benchmarks/rows $(OPTIONS); code=$$?; $(BIN)/python benchmarks/speed.py && exit $$code
+
+speed: .venv/base
+	$(BIN)/python benchmarks/speed.py
 
 numerics: .venv/dev
 	$(BIN)/python benchmarks/numerics.py

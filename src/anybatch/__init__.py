@@ -38,6 +38,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in (
+        "bench",
         "convert",
         "data",
         "functional",

@@ -477,6 +477,83 @@ def predict(
     out_console.print(table)
 
 
+@app.command()
+def bench(
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            help="conv, norm, weight_standardize, agc, accuracy, step, inference, separated by commas; layers for all "
+            "but the last two. All by default."
+        ),
+    ] = None,
+    schemes: Annotated[
+        str | None, typer.Option(help="Schemes separated by commas; those of the target table by default.")
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Networks of steps and inference, separated by commas.")] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option("--batch-sizes", "-b", help="Batch sizes separated by commas.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed; float32 on the CPU, bfloat16 on a GPU.")
+    ] = None,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option(
+            "--channels-last/--contiguous", help="One memory format for all; by default both for layers on the CPU."
+        ),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time everything under torch.compile too.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds, each of which times every variant once.")] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of the CPU; one is timed by processor time, more by the wall's.")
+    ] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes, to see that all works.")] = False,
+    out: Annotated[
+        Path, typer.Option(help="A .jsonl file to which rows are added, or a folder for it; a figure stands beside it.")
+    ] = Path("runs/bench"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Speed and memory beside BatchNorm's on this machine: layers, training steps, inference.
+
+    Nothing is timed that does not agree with float64: that is a row with the reason, and exit code 1.
+    """
+    from anybatch import live
+    from anybatch.bench import runner, settings, targets
+
+    chosen = settings(
+        cases=_split(cases or ""),
+        schemes=_split(schemes or ""),
+        models=_split(models or ""),
+        batch_sizes=_numbers(batch_sizes or "", "--batch-sizes"),
+        device=device,
+        precision=precision,
+        channels_last=channels_last,
+        compile=compiled,
+        repeats=repeats,
+        threads=threads,
+        quick=quick,
+    )
+    path = runner.file_in(out, chosen.device)
+    rows = live.bench(chosen, path, err)
+    figure = live.write_bench_figure(path)
+    judged = [one for one in targets.judged(runner.read(path)) if one.measured is not None]
+    if as_json:
+        told = [
+            {"what": one.target.what, "must": one.target.must, "aim": one.target.aim, "measured": one.measured}
+            | {"mark": one.mark}
+            for one in judged
+        ]
+        _print_json({"rows": rows, "targets": told, "file": str(path), "figure": figure and str(figure)})
+    else:
+        live.print_bench(out_console, rows, judged)
+        told = f"rows: {path}" + (f"; figure: {figure}" if figure else "")
+        out_console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if any(row["status"] != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
 @convert.command(name="weights")
 def convert_weights(
     source: Annotated[Path, typer.Argument(help="A .safetensors, .npz, .pt, .pth, .bin or .tar file.")],

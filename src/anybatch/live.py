@@ -12,8 +12,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
+    from anybatch import bench as benching
     from anybatch.recipe import Recipe
     from anybatch.rows import Row
     from anybatch.study import Event, Study
@@ -167,3 +169,60 @@ def train(recipe: Recipe, out: Path, console: Console, *, tensorboard: bool = Fa
                 console.print(f"{100 * state.samples / state.total:.0f} %{error}", highlight=False)
 
         return training.run_in(recipe, out, tell=tell, tensorboard=tensorboard)
+
+
+def bench(chosen: benching.Settings, path: Path, console: Console) -> list[benching.Row]:
+    """`anybatch.bench.run` with a progress bar; on no terminal a line for each cell."""
+    from anybatch import bench as benching
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        last = [""]
+
+        def tell(done: int, total: int, text: str) -> None:
+            progress.update(task, completed=done, total=total, description=text)
+            if not console.is_terminal and text not in ("", last[0]):
+                last[0] = text
+                console.print(f"[{done + 1}/{total}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+        return benching.run(chosen, path, tell=tell)
+
+
+def write_bench_figure(path: Path) -> Path | None:
+    """Draw a file of rows beside it; returns the picture's path, or None where there is nothing to draw."""
+    from anybatch.bench import read
+    from anybatch.bench.figure import figure
+    from anybatch.files import write_file
+    from anybatch.report.figures import png
+
+    drawn = figure(read(path))
+    if drawn is None:
+        return None
+    picture = path.with_suffix(".png")
+    write_file(picture, png(drawn))
+    return picture
+
+
+def print_bench(console: Console, rows: list[benching.Row], judged: list[benching.Judged]) -> None:
+    """What was measured, and how it stands against the targets."""
+    from anybatch.bench.tables import HEADINGS, TARGET_HEADINGS, line, target_line
+
+    table = Table(*HEADINGS, box=None, pad_edge=False, title="ratios to the baseline, medians", title_justify="left")
+    for row in rows:
+        colour = "red" if row["status"] != "ok" else None
+        table.add_row(*(Text(cell) for cell in line(row)), style=colour)
+    console.print(table)
+    if judged:
+        table = Table(*TARGET_HEADINGS, box=None, pad_edge=False, title="targets", title_justify="left")
+        for one in judged:
+            colour = {"short": "red", "aim": "green"}.get(one.mark)
+            table.add_row(*(Text(cell.strip("*")) for cell in target_line(one)), style=colour)
+        console.print(table)

@@ -1,6 +1,7 @@
 """Rows of results: append, read, repair. Nothing else touches the file.
 
-A row is one JSON object on one line of ``rows.jsonl``: one run of a recipe.
+A row is one JSON object on one line of ``rows.jsonl``: one run of a recipe, or in other files what `anybatch.bench`
+measured.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,6 +20,8 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT = 1
+KEYS = frozenset({"format", "id", "status", "recipe", "curve"})
+"""What tells a run's row from other lines."""
 
 
 class Evaluation(TypedDict):
@@ -91,7 +94,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def append(path: Path, row: Row) -> None:
+def append(path: Path, row: Mapping[str, object]) -> None:
     """Add a row to the file whole or not at all.
 
     Raises:
@@ -121,13 +124,18 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: If a line before the last is no row, naming the line; nothing is dropped silently.
     """
+    return read_kind(path, KEYS)  # pyright: ignore[reportReturnType] (mappings with the keys of a row)
+
+
+def read_kind(path: Path, keys: Set[str], version: int = FORMAT) -> list[dict[str, Any]]:
+    """`read`, for rows that have these keys and, in ``format``, this version."""
     if not path.exists():
         return []
     *lines, rest = path.read_bytes().split(b"\n")
-    rows = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_parse(line, path, number, keys, version) for number, line in enumerate(lines, 1) if line.strip()]
     if rest.strip():  # a last line without its end: whole if it parses, else cut off half-way
         with contextlib.suppress(_NoRowError):
-            rows.append(_parse(rest, path, len(lines) + 1))
+            rows.append(_parse(rest, path, len(lines) + 1, keys, version))
     return rows
 
 
@@ -135,7 +143,7 @@ class _NoRowError(ValueError):
     """A line that is not a row, unlike one of another version's format."""
 
 
-def repair(path: Path) -> str | None:
+def repair(path: Path, keys: Set[str] = KEYS, version: int = FORMAT) -> str | None:
     """Cut off a half-written last line, so that rows can be appended again; returns what was done, or None."""
     if not path.exists():
         return None
@@ -144,7 +152,7 @@ def repair(path: Path) -> str | None:
     if not rest:
         return None
     try:
-        _parse(rest, path, content.count(b"\n") + 1)
+        _parse(rest, path, content.count(b"\n") + 1, keys, version)
     except _NoRowError:
         with path.open("r+b") as file:
             file.truncate(len(whole) + len(newline))
@@ -154,13 +162,13 @@ def repair(path: Path) -> str | None:
     return f"ended the last line of {path}"
 
 
-def _parse(line: bytes, path: Path, number: int) -> Row:
+def _parse(line: bytes, path: Path, number: int, keys: Set[str], version: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):
         row = None
-    if not isinstance(row, dict) or not {"format", "id", "status", "recipe", "curve"} <= row.keys():
+    if not isinstance(row, dict) or not keys <= row.keys():
         raise _NoRowError(f"line {number} of {path} is not a row; mend or delete that line, the others are whole")
-    if row["format"] != FORMAT:
-        raise ValueError(f"line {number} of {path} has format {row['format']}, this version reads {FORMAT}")
-    return row  # pyright: ignore[reportReturnType] (a mapping with the keys of a row)
+    if row["format"] != version:
+        raise ValueError(f"line {number} of {path} has format {row['format']}, this version reads {version}")
+    return row
