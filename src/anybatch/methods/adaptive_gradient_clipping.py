@@ -103,6 +103,8 @@ class _Units:
 
     def across(self) -> list[Any]:
         """The process groups among which units of a sharded parameter are split."""
+        if _plain(self.parameter):
+            return []
         sharding = getattr(self.parameter, "placements", ())
         whole = {None: 0, 0: None}.get(self.groups, 1)
         split = [i for i, how in enumerate(sharding) if how.is_shard() and how.dim != whole]
@@ -115,9 +117,14 @@ class _Units:
         return [] if mesh is None else [mesh.get_group(i) for i in split]
 
 
+def _plain(t: Tensor) -> bool:
+    """Whether it is none of the tensors that may be sharded, of which to ask takes microseconds each."""
+    return type(t) is Tensor or type(t) is nn.Parameter
+
+
 def _local(t: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory; others as they are."""
-    return t.to_local() if hasattr(t, "to_local") else t  # pyright: ignore[reportAttributeAccessIssue]
+    return t if _plain(t) or not hasattr(t, "to_local") else t.to_local()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _unit_norms(units: list[_Units], tensors: list[Tensor], wide: torch.dtype) -> list[Tensor]:
@@ -160,17 +167,14 @@ def _clip(units: list[_Units], clip_factor: float, eps: float, grad_scale: Tenso
     for u, grad in moved:
         if grad.layout is not torch.strided:
             raise ValueError(f"the gradient of {u.name} is sparse, which has no whole units; exclude {u.name}")
-        if any(how.is_partial() for how in getattr(grad, "placements", ())):
+        if not _plain(grad) and any(how.is_partial() for how in getattr(grad, "placements", ())):
             raise ValueError(f"the gradient of {u.name} is not yet summed over processes; clip it after that")
-    found = []
-    kinds = {(u.parameter.device, torch.promote_types(u.parameter.dtype, torch.float32)): None for u, _ in moved}
-    for device, wide in kinds:
-        some = [
-            u
-            for u, _ in moved
-            if u.parameter.device == device and torch.promote_types(u.parameter.dtype, torch.float32) == wide
-        ]
-        found.append(_clip_alike(some, clip_factor, eps, grad_scale, wide))
+    kinds: dict[tuple[torch.device, torch.dtype], list[_Units]] = {}
+    for u, _ in moved:
+        p = u.parameter
+        wide = torch.float32 if p.dtype == torch.float32 else torch.promote_types(p.dtype, torch.float32)
+        kinds.setdefault((p.device, wide), []).append(u)
+    found = [_clip_alike(some, clip_factor, eps, grad_scale, wide) for (_, wide), some in kinds.items()]
     if len(found) == 1:
         return found[0]
     home = found[0].ratios
@@ -196,12 +200,13 @@ def _clip_alike(
     floored = weights.clamp_min(eps)
     most = clip_factor * floored
     # What is not finite stays so: a factor of 0 would turn an infinite gradient's finite neighbors into 0.
-    over = (gradients > most) & gradients.isfinite()
+    over = (gradients > most) & (gradients < torch.inf)
     factors = torch.where(over, most / gradients.clamp_min(_LEAST_NORM), 1.0)
     parts = list(zip(units, grads, factors.split(sizes), strict=True))
     if factors.device.type == "cpu":  # elsewhere looking would wait for the device
-        ends = torch.tensor(sizes).cumsum(0)
-        parts = [parts[i] for i in torch.bucketize(over.nonzero().flatten(), ends, right=True).unique().tolist()]
+        so_far = torch.cat((torch.zeros(1, dtype=torch.int64), over.cumsum(0)))
+        at_ends = [0, *so_far[torch.tensor(sizes).cumsum(0)].tolist()]
+        parts = [part for part, before, now in zip(parts, at_ends, at_ends[1:], strict=False) if now > before]
     if parts:
         views = [u.view(grad) for u, grad, _ in parts]
         beside = [_beside(u, view, f) for (u, _, f), view in zip(parts, views, strict=True)]
