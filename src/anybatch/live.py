@@ -213,16 +213,14 @@ def write_bench_figure(path: Path) -> Path | None:
 
 def print_bench(console: Console, rows: list[benching.Row], judged: list[benching.Judged]) -> None:
     """What was measured, and how it stands against the targets."""
-    from anybatch.bench.tables import HEADINGS, TARGET_HEADINGS, line, target_line
+    from anybatch.bench.tables import HEADINGS, TARGET_HEADINGS, line, plain, target_line
 
-    table = Table(*HEADINGS, box=None, pad_edge=False, title="ratios to the baseline, medians", title_justify="left")
-    for row in rows:
-        colour = "red" if row["status"] != "ok" else None
-        table.add_row(*(Text(cell) for cell in line(row)), style=colour)
-    console.print(table)
-    if judged:
-        table = Table(*TARGET_HEADINGS, box=None, pad_edge=False, title="targets", title_justify="left")
-        for one in judged:
-            colour = {"short": "red", "aim": "green"}.get(one.mark)
-            table.add_row(*(Text(cell.strip("*")) for cell in target_line(one)), style=colour)
-        console.print(table)
+    ends = {"ok": "", "aim": "green", "short": "red", "must": "", "not measured": "dim"}
+    tables = [(HEADINGS, [(line(row), ends.get(row["status"], "red")) for row in rows])]
+    tables += [(TARGET_HEADINGS, [(target_line(one), ends[one.mark]) for one in judged])] * bool(judged)
+    for headings, lines in tables:
+        # In columns of their own width: a pipe has no width, and wrapped cells cannot be read.
+        told = plain(headings, ([cell.strip("*") for cell in cells] for cells, _ in lines))
+        for text, style in zip(told, ["bold", *(style for _, style in lines)], strict=True):
+            console.print(Text(text, style=style), soft_wrap=True)
+        console.print()
