@@ -149,7 +149,7 @@ def kn_cifar100(batch_size: int = 32) -> Recipe:
     Differs: random crops have reflected borders, there black ones; dropout is off in evaluation, there it is left on.
     """
     return Recipe(
-        model=Model(name="knresnet18", scheme="kn", options={"stem": "cifar"}),
+        model=Model(name="knresnet18", scheme="kn(eps=1e-5)", options={"stem": "cifar"}),
         data=Data(name="cifar100", augment=("crop", "flip"), normalize="unit", batch_size=batch_size),
         optim=Optim(lr=KN_LR[batch_size], lr_batch=batch_size, lr_scaling="none", weight_decay=5e-4, decay_all=True),
         schedule=Schedule(epochs=150, warmup=0, floor=0.01),
@@ -175,7 +175,7 @@ def kn_imagenet() -> Recipe:
     Differs: dropout is off in evaluation, there it is left on.
     """
     return Recipe(
-        model=Model(name="knresnet18", scheme="kn"),
+        model=Model(name="knresnet18", scheme="kn(eps=1e-5)"),
         data=_imagenet(batch_size=32),
         optim=Optim(lr=0.1, lr_batch=256, weight_decay=1e-4, decay_all=True),
         schedule=Schedule(name="step", epochs=100, warmup=0),

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anybatch
 from anybatch import layers
+from anybatch.dispatch import backend
 from anybatch.functional import kn_conv
 from anybatch.methods.kernel_norm import dropout_mask
 from anybatch.models.blocks import Pieces
@@ -335,13 +336,76 @@ def test_half_precision_keeps_the_input_and_the_output() -> None:
     layer, x = layers.KNConv2d(16, 8, 3, p=0.2), torch.randn(2, 16, 14, 14).bfloat16().requires_grad_()
     with saved_tensors() as kept:
         layer(x)
-    large = [
-        t for t in kept if t.numel() > 2 * 12 * 12 and t is not layer.weight
-    ]
+    large = [t for t in kept if t.numel() > 2 * 12 * 12 and t is not layer.weight]
     assert sorted((tuple(t.shape), t.dtype) for t in large) == [
         ((2, 8, 12, 12), torch.bfloat16),
         ((2, 16, 14, 14), torch.bfloat16),
     ]
+
+
+def test_an_output_that_is_overwritten_is_an_error_that_says_so() -> None:
+    y = layers.KNConv2d(4, 3, 3)(torch.randn(1, 4, 5, 5)).relu_()
+    with pytest.raises(RuntimeError, match=r"overwritten before backward, as nn.ReLU\(inplace=True\) behind it does"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mean", [0, 10, 100, 1000])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_kernel_errs_as_the_reference_does(dims: int, mean: float, p: float, dtype: torch.dtype) -> None:
+    size = (9, 8, 5)[:dims]
+    x = (torch.randn(2, 16, *size, dtype=torch.float64) + mean).to(dtype)
+    leaves = [x, torch.randn(12, 16, *[3] * dims).to(dtype), torch.randn(12).to(dtype)]
+    residual, g = torch.randn(2, 12, *size).to(dtype), torch.randn(2, 12, *size).to(dtype)
+    if dims == 2:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    options = {"p": p, "seed": torch.tensor(5) if p else None, "activation": "relu"}
+
+    def run(choice: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [t.to(dtype, copy=True).requires_grad_() for t in (*leaves, residual)]
+        with backend(choice):
+            y = kn_conv(*given[:3], 1, 1, residual=given[3], **options)
+        return [y, *torch.autograd.grad(y, given, g.to(dtype))]
+
+    exact = run("reference", torch.float64)
+    for what, got, plain, right in zip(
+        ("y", "x", "weight", "bias", "residual"), run("fused", dtype), run("reference", dtype), exact, strict=True
+    ):
+        # Where y is near 0 either may cut off what the other passes on, so errors are those of the whole.
+        fused, reference = ((t.double() - right).norm() / right.norm() for t in (got, plain))
+        assert fused <= 2 * reference + torch.finfo(dtype).eps, f"{what}: {fused:.3g}, the reference {reference:.3g}"
+
+
+def test_the_fused_kernel_keeps_one_activation_where_batch_norm_keeps_two() -> None:
+    x = torch.randn(2, 16, 14, 14).requires_grad_()
+    layer = layers.KNConv2d(16, 16, 3, padding=1, p=0.2)
+    assert layer.take_activation(nn.ReLU())
+    with saved_tensors() as kept:
+        y = layer(x, torch.randn(2, 16, 14, 14))
+    large = {t.data_ptr() for t in kept if t.numel() >= x.numel()}
+    assert len(large) == 3, "the input, the output and what was added, each of which is kept anyway by its neighbors"
+    assert {x.data_ptr(), y.data_ptr()} < large
+
+
+def test_activation_and_residual_are_the_ones_behind() -> None:
+    x, residual = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 6, 5)
+    layer = layers.KNConv2d(4, 3, 3, padding=1).eval()
+    plain = layer(x)
+    torch.testing.assert_close(layer(x, residual), plain + residual)
+    for act in (nn.ReLU(), nn.SiLU(), nn.GELU(), nn.Identity()):
+        assert layer.take_activation(act)
+        torch.testing.assert_close(layer(x, residual), act(plain + residual))
+        torch.testing.assert_close(layer(x[0], residual[0]), act(plain + residual)[0])
+        torch.testing.assert_close(layer.literal()(x), act(plain))
+    for act in (nn.Mish(), nn.GELU("tanh"), nn.PReLU()):
+        assert not layer.take_activation(act)
+    with pytest.raises(
+        ValueError, match=r"residual of shape \(1, 3, 6, 5\) is added to a result of shape \(2, 3, 6, 5\)"
+    ):
+        layer(x, residual[:1])
+    with pytest.raises(ValueError, match="activation='mish' is none of none, relu, silu, gelu"):
+        kn_conv(x, layer.weight, activation="mish")
 
 
 # The layer and the part.
@@ -507,13 +571,28 @@ def test_pre_activated_networks_alone_have_a_norm_before_the_head(
 
 def test_networks_start_from_hes_initialization() -> None:
     model = anybatch.create_model("resnet8", "kn", width=32, num_classes=5)
-    convs = [m for m in model.modules() if isinstance(m, layers.KNConv2d)]
+    convs = convs_of(model)
     assert len(convs) == 9
     for conv in convs:
         fan_out = conv.out_channels * conv.kernel_size[0] ** 2
         assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.2)
         assert conv.bias is not None
-        assert not conv.bias.any()
+        most = conv.weight[0].numel() ** -0.5
+        assert 0.5 * most < conv.bias.abs().max() < most, "as torch draws it, so that flat backgrounds do not stay flat"
+
+
+def test_published_networks_keep_the_published_eps() -> None:
+    with torch.device("meta"):
+        for name in ("resnet8", "preact_resnet18"):
+            assert {m.eps for m in convs_of(anybatch.create_model(name, "kn"))} == {0.1}
+        for name in ("knresnet18", "knresnet34_seg", "knresnet13", "resnet8_kn", "knvgg11", "kndensenet121"):
+            assert {m.eps for m in convs_of(anybatch.create_model(name))} == {1e-5}
+
+
+def convs_of(model: nn.Module) -> list[layers.KNConv2d]:
+    found = [m for m in model.modules() if isinstance(m, layers.KNConv2d)]
+    assert found
+    return found
 
 
 @pytest.mark.parametrize(

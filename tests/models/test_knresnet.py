@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import anybatch
 from anybatch.layers import KernelNorm2d, KNConv2d
 from anybatch.measure import multiply_adds
+from anybatch.methods.common import Taken
 from anybatch.models import FeaturePyramid, list_models, load_weights, model_entry, model_options
 from anybatch.models.blocks import Pieces
 from anybatch.models.knresnet import Block, ConvBlock, KNResNet, Stage, Transition
@@ -202,7 +203,7 @@ def test_a_halving_of_knconvnext_by_hand() -> None:
 
 def test_a_basic_block_and_a_transition_by_hand() -> None:
     torch.manual_seed(0)
-    pieces, x = Pieces(anybatch.scheme("kn"), blocks=1), torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    pieces, x = Pieces(anybatch.scheme("kn(eps=1e-5)"), blocks=1), torch.randn(2, 6, 5, 7, dtype=torch.float64)
     block = with_biases(Block(pieces, 6, 10, (2, 2)))
     h = kn_conv_by_hand(x.relu(), block.conv1, (1, 1, 1, 1))  # pyright: ignore[reportArgumentType]
     assert h.shape == (2, 10, 6, 8)
@@ -217,7 +218,7 @@ def test_a_basic_block_and_a_transition_by_hand() -> None:
 
 
 def test_bottlenecks_keep_the_size() -> None:
-    pieces, x = Pieces(anybatch.scheme("kn"), blocks=1), torch.randn(1, 6, 5, 7)
+    pieces, x = Pieces(anybatch.scheme("kn(eps=1e-5)"), blocks=1), torch.randn(1, 6, 5, 7)
     for kernels in ((2, 3, 2), (1, 3, 1), (3, 3)):
         block = Block(pieces, 6, 4, kernels)
         assert block(x).shape == x.shape
@@ -349,10 +350,10 @@ def test_what_follows_a_level_leaves_its_map_alone(name: str, scheme: str) -> No
 @pytest.mark.parametrize("name", PRIVATE)
 def test_mish_takes_the_place_of_every_relu(name: str) -> None:
     def kinds(model: nn.Module) -> list[str]:
-        return [type(m).__name__ for m in model.modules() if isinstance(m, (nn.ReLU, nn.Mish))]
+        return [type(m).__name__ for m in model.modules() if isinstance(m, (nn.ReLU, nn.Mish, Taken))]
 
     with_relu, with_mish = kinds(small(name)), kinds(small(name, act="mish"))
-    assert set(with_relu) == {"ReLU"}
+    assert set(with_relu) <= {"ReLU", "Taken"}, "by convolutions"
     assert with_mish == ["Mish"] * len(with_relu)
     assert_a_step_reaches_every_parameter(small(name, act="mish"), torch.randn(2, 3, 32, 32))
 
@@ -398,7 +399,8 @@ def test_first_weights() -> None:
         if isinstance(m, KNConv2d):
             fan_out = m.out_channels * m.kernel_size[0] ** 2
             assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name
-            assert not m.bias.any(), name  # pyright: ignore[reportOptionalMemberAccess]
+            most = m.weight[0].numel() ** -0.5
+            assert 0 < m.bias.abs().max() < most, name  # pyright: ignore[reportOptionalMemberAccess]
     assert not model.get_submodule("fc").bias.any()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     private = anybatch.create_model("knresnet13", num_classes=4)
     conv = private.get_submodule("res_block3.conv1")
@@ -408,7 +410,7 @@ def test_first_weights() -> None:
 
 def test_entries() -> None:
     assert [model_entry(name).published for name in CLASSIFIERS] == [71.17, 74.60, 76.54]
-    assert {model_entry(name).scheme for name in CLASSIFIERS} == {"kn"}
+    assert {model_entry(name).scheme for name in CLASSIFIERS} == {"kn(eps=1e-5)"}
     assert {model_entry(name).size for name in PRIVATE} == {32}
     assert all("our reading" in model_entry(name).about for name in KN_TWINS)
     assert len(KN_TWINS) == 8

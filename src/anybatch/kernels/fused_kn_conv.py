@@ -176,7 +176,15 @@ class _KNConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, residual, seed, mean, scale, y, apart = ctx.saved_tensors
+        try:
+            x, weight, bias, residual, seed, mean, scale, y, apart = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise RuntimeError(
+                "what a KNConv gave, took or added was overwritten before backward, as nn.ReLU(inplace=True) behind it "
+                "does; let the activation give a new tensor, or the layer apply it: layer.take_activation(nn.ReLU())"
+            ) from error
         if torch.is_grad_enabled():  # second derivatives
             tensors = (x, weight, bias, residual, seed)
             return None, None, *pull(ctx.call, tensors, gradient), None, None, None

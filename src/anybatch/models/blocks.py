@@ -177,9 +177,9 @@ def torch_init(model: nn.Module) -> None:
 
 
 def he_normal(model: nn.Module) -> None:
-    """Convolutions by He's normal over fan-out, their biases by 0."""
+    """Convolutions by He's normal over fan-out, their biases by 0 but where the layer says to keep them."""
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
+            if module.bias is not None and not getattr(module, "keeps_drawn_bias", False):
                 nn.init.zeros_(module.bias)

@@ -83,7 +83,7 @@ class ConvNeXt(Network):
         drop_path_rate: Probability to leave out the last block's branch for a sample in training; it grows from 0 in
             equal steps from block to block.
         downsampling: Another scheme for the halvings alone, whose norm, if any, and activation, or ReLU, stand in front
-            of the convolution; None for the same scheme and its norm alone. KNConvNeXt has ``kn(p=0.1)``.
+            of the convolution; None for the same scheme and its norm alone. KNConvNeXt has ``kn(p=0.1,eps=1e-5)``.
         head_norm_first: Whether the last norm stands before pooling. As published it stands behind, where a map has one
             position: norms over positions, as in ``in``, or over a batch of 1 in ``bn``, have nothing to normalize
             there.
@@ -218,7 +218,7 @@ _convnext(
     96,
     0.1,
     81.25,
-    downsampling="kn(p=0.1)",
+    downsampling="kn(p=0.1,eps=1e-5)",
     train_size=176,
     source="arXiv:2205.10089, section 5, 600 epochs of torchvision's recipe, with which ConvNeXt-T reached 80.87",
 )

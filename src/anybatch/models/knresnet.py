@@ -382,7 +382,7 @@ def _knresnet(depth: int, ratio: float, published: float) -> None:
     register_model(
         build,
         family="KNResNet",
-        scheme="kn",
+        scheme="kn(eps=1e-5)",
         size=224,
         published=published,
         source="arXiv:2205.10089, figures 3 and 5, table 2",
@@ -430,7 +430,7 @@ def _segmentation(depth: int, depths: Sequence[int], inner: Sequence[int], miou:
     register_model(
         build,
         family="KNResNet (segmentation)",
-        scheme="kn(p=0.1,final_p=0.5)",
+        scheme="kn(p=0.1,eps=1e-5,final_p=0.5)",
         size=512,
         source="arXiv:2205.10089, figure 6, table 3",
     )
@@ -470,7 +470,7 @@ def knresnet13(
 register_model(
     knresnet13,
     family="KNResNet (private training)",
-    scheme="kn(p=0.1,final_p=0.5)",
+    scheme="kn(p=0.1,eps=1e-5,final_p=0.5)",
     size=32,
     source="arXiv:2210.00053 and its released code",
 )

@@ -41,7 +41,7 @@ class ResNet8(Network):
     """Two residual blocks of 128 and 256 channels, activations behind the convolutions.
 
     Args:
-        scheme: How it normalizes; ``kn(p=0.1)`` as published. Its norm before the head, or its norm, follows the last
+        scheme: How it normalizes; ``kn(p=0.1,eps=1e-5)`` as published. Its norm before the head, or its norm, follows the last
             pooling.
         num_classes: Outputs of the classifier; 0 for none, which gives what it takes.
         in_chans: Channels of the input.
@@ -163,6 +163,6 @@ def preact_resnet18_kn(
     )
 
 
-register_model(resnet8_kn, family=FAMILY, scheme="kn(p=0.1)", size=32, source=SOURCE)
+register_model(resnet8_kn, family=FAMILY, scheme="kn(p=0.1,eps=1e-5)", size=32, source=SOURCE)
 for _build in (densenet20x16_kn, preact_resnet18_kn):
-    register_model(_build, family=FAMILY, scheme="kn(p=0.1,final_p=0.5)", size=32, source=SOURCE)
+    register_model(_build, family=FAMILY, scheme="kn(p=0.1,eps=1e-5,final_p=0.5)", size=32, source=SOURCE)

@@ -141,4 +141,4 @@ for _letter, _depths, _top1 in (
     _doc = f"VGG of {_layers} layers, the paper's configuration {_letter}"
     _vgg(f"vgg{_layers}", f"{_doc}.", _depths, _top1, "bn", TORCHVISION)
     _doc += ", kernel-normalized: our reading of KNVGG, whose own layers could not be had."
-    _vgg(f"knvgg{_layers}", _doc, _depths, None, "kn", KERNEL_NORMALIZED)
+    _vgg(f"knvgg{_layers}", _doc, _depths, None, "kn(eps=1e-5)", KERNEL_NORMALIZED)
