@@ -157,6 +157,27 @@ def test_a_compiled_helper_is_a_formula_like_any_other_to_autograd_and_vmap(monk
         assert squared(x).tolist() == [1, 4]
         y = x.clone().requires_grad_()
         squared(y).sum().backward()
+        assert y.grad is not None
         assert y.grad.tolist() == [2, 4]
         assert torch.func.vmap(squared)(x).tolist() == [1, 4]
         assert torch.func.vmap(torch.func.grad(squared))(x).tolist() == [2, 4]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_runs_the_backend_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_OPS", list(dispatch._OPS))
+
+    @op
+    def plus(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    @plus.kernel("thousand", refusal=lambda x: None if len(x) > 2 else "x is short")
+    def plus_thousand(x: torch.Tensor) -> torch.Tensor:
+        return x + 1000
+
+    compiled = torch.compile(plus, fullgraph=True, backend="aot_eager")
+    x = torch.zeros(3)
+    for choice, value in [("auto", 1000), ("reference", 1), ("thousand", 1000), ("auto", 1000)]:
+        with backend(choice):
+            assert compiled(x).tolist() == [value] * 3
+    assert compiled(x[:2]).tolist() == [1, 1]

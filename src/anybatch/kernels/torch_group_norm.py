@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation
+from anybatch.methods.common import activated
 from anybatch.methods.group_norm import group_norm
 
 
-def _refusal(
-    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+def refusal(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
 ) -> str | None:
     # On the CPU torch's operator for channels_last takes var as E[x²] - E[x]²: at |mean| / std of 100 it is 2 % off, at
     # 1000 it returns 1e3 where 1 is right (torch 2.15). For contiguous inputs it takes two passes.
@@ -31,11 +41,68 @@ def _refusal(
         or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1
     ):
         return "the arguments are none that group_norm takes"
-    return None
+    return refused_activation(activation)
 
 
-@group_norm.kernel("torch", refusal=_refusal)
+class _Activated(torch.autograd.Function):
+    """Group normalization and an activation that keep ``x`` alone: both are computed anew for backward."""
+
+    generate_vmap_rule = True  # gradients of each sample, for differential privacy
+
+    @staticmethod
+    def forward(
+        x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
+    ) -> Tensor:
+        return activated_in_place(_native(x, groups, weight, bias, eps)[0], activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.groups, weight, bias, ctx.eps, ctx.activation = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives, which torch's backward kernel has not
+
+            def call(*given: Tensor) -> Tensor:
+                x, *others = given
+                scale = None if weight is None else others[0]
+                shift = None if bias is None else others[-1]
+                return activated(F.group_norm(x, ctx.groups, scale, shift, ctx.eps), ctx.activation)
+
+            given = [t for t in (x, weight, bias) if t is not None]
+            found = iter(torch.func.vjp(call, *given)[1](gradient))
+            g_x, g_weight, g_bias = (None if t is None else next(found) for t in (x, weight, bias))
+            return g_x, None, g_weight, g_bias, None, None
+        y, mean, rstd = _native(x, ctx.groups, weight, bias, ctx.eps)
+        g = activation_gradient(gradient.contiguous(), y, ctx.activation)
+        (n, c), positions = x.shape[:2], math.prod(x.shape[2:])
+        wanted = [ctx.needs_input_grad[0], weight is not None, bias is not None]
+        found = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, weight, n, c, positions, ctx.groups, wanted)
+        g_x, g_weight, g_bias = (t if wants else None for t, wants in zip(found, wanted, strict=True))
+        return g_x, None, g_weight, g_bias, None, None
+
+
+def _native(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, c = x.shape[:2]
+    return torch.native_group_norm(x, weight, bias, n, c, math.prod(x.shape[2:]), groups, eps)
+
+
+@group_norm.kernel("torch", refusal=refusal)
 def torch_group_norm(
-    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
 ) -> Tensor:
-    return F.group_norm(x, groups, weight, bias, eps)
+    if activation == "none":
+        return F.group_norm(x, groups, weight, bias, eps)
+    if torch.compiler.is_compiling():  # which chooses what it keeps
+        return activated(F.group_norm(x, groups, weight, bias, eps), activation)
+    return _Activated.apply(x, groups, weight, bias, eps, activation)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anybatch.dispatch import op
 from anybatch.methods.batch_norm import SyncBatchNorm, recomputing, shared_moments, sharing
-from anybatch.methods.common import ChannelNorm, check_has_channels, per_channel, widened
+from anybatch.methods.common import ChannelNorm, TakesActivation, check_has_channels, per_channel, widened
 from anybatch.methods.group_norm import Groups, check_group_values, gn, group_norm, resolve_groups
 from anybatch.scheme import Scheme, check_number
 
@@ -30,11 +30,12 @@ def batch_channel_norm(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    activation: str = "none",
 ) -> Tensor:
     """Normalize channels by given statistics, then each sample over groups of channels and all positions.
 
-    ``z = (x - mean) / sqrt(var + eps) * batch_weight + batch_bias``, ``y = group_norm(z) * weight + bias``, the group
-    norm with its sample's own mean and biased variance. Computed in float32 or wider.
+    ``z = (x - mean) / sqrt(var + eps) * batch_weight + batch_bias``, ``y = act(group_norm(z) * weight + bias)``, the
+    group norm with its sample's own mean and biased variance. Computed in float32 or wider.
 
     Args:
         x: (N, C, *), floating point, any memory format, which the result keeps.
@@ -46,20 +47,21 @@ def batch_channel_norm(
         weight: (G,) or (C,), or None for 1.
         bias: (G,) or (C,), or None for 0.
         eps: Added to both variances; in the first its unit is that of ``x`` squared.
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward.
 
     Returns:
         (N, C, *), with the dtype of ``x``.
 
     Raises:
         ValueError: If ``x`` has no channel dimension, or another number of channels than ``mean``; if ``groups`` does
-            not divide C, or a group holds one value, which normalizing would erase.
+            not divide C, or a group holds one value, which normalizing would erase; if there is no such activation.
 
     Source:
         Qiao et al. 2019, "Rethinking Normalization and Elimination Singularity in Neural Networks", arXiv:1911.09738.
     """
     z = batch_part(x, mean, var, batch_weight, batch_bias, eps)
     weight, bias = (by_channel(values, x.shape[1], z.dtype) for values in (weight, bias))
-    return group_norm.reference(z, groups, weight, bias, eps=eps).to(x.dtype)
+    return group_norm.reference(z, groups, weight, bias, eps=eps, activation=activation).to(x.dtype)
 
 
 def batch_part(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -166,7 +168,7 @@ def _check_options(statistics: str, rate: float | None, channel_affine: str) -> 
         check_number("rate", rate, at_most=1)
 
 
-class _BatchChannelNorm(ChannelNorm):
+class _BatchChannelNorm(TakesActivation, ChannelNorm):
     def __init__(
         self,
         num_channels: int,
@@ -201,7 +203,9 @@ class _BatchChannelNorm(ChannelNorm):
         check_group_values(x, self.num_groups)  # before the batch enters the statistics
         if isinstance(self.bn, EstimatedStatistics):
             batch = (*self.bn(x), self.bn.weight, self.bn.bias)
-            return batch_channel_norm(x, self.num_groups, *batch, self.weight, self.bias, eps=self.eps)
+            return batch_channel_norm(
+                x, self.num_groups, *batch, self.weight, self.bias, eps=self.eps, activation=self.activation
+            )
         if self.bn.training and x.numel() == self.num_channels and not sharing():
             raise ValueError(
                 f"{type(self).__name__}(statistics='batch') needs two values or more in each channel in training, got "
@@ -209,13 +213,13 @@ class _BatchChannelNorm(ChannelNorm):
             )
         z = self.bn(x)
         weight, bias = (by_channel(p, self.num_channels) for p in (self.weight, self.bias))
-        return group_norm(z, self.num_groups, weight, bias, eps=self.eps)
+        return group_norm(z, self.num_groups, weight, bias, eps=self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}, "
             f"statistics={self.statistics}, rate={self.rate}, warm_start={self.warm_start}, "
-            f"channel_affine={self.channel_affine}"
+            f"channel_affine={self.channel_affine}{self.shown_activation()}"
         )
 
 

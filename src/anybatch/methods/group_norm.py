@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from anybatch.dispatch import op
-from anybatch.methods.common import ChannelNorm, check_has_channels, scaled_and_shifted, widened
+from anybatch.methods.common import (
+    ChannelNorm,
+    TakesActivation,
+    activated,
+    check_has_channels,
+    scaled_and_shifted,
+    widened,
+)
 from anybatch.scheme import Scheme, check_count, check_flag, check_number
 
 Groups = int | Literal["auto"]
@@ -24,11 +31,12 @@ def group_norm(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    activation: str = "none",
 ) -> Tensor:
     """Normalize each sample over groups of channels and all positions.
 
-    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the biased variance.
-    Statistics are taken in float32 or wider.
+    ``y = act((x - mean) / sqrt(var + eps) * weight + bias)``, with the biased variance.
+    Statistics are taken in float32 or wider, and the activation of what is not yet rounded to the dtype of ``x``.
 
     Args:
         x: (N, C, *), floating point, any memory format, which the result keeps.
@@ -36,13 +44,14 @@ def group_norm(
         weight: (C,), or None for 1.
         bias: (C,), or None for 0.
         eps: Added to the variance, so its unit is that of ``x`` squared.
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward.
 
     Returns:
         (N, C, *), with the dtype of ``x``.
 
     Raises:
-        ValueError: If ``x`` has no channel dimension, ``groups`` does not divide C, or a group
-            holds one value, which normalizing would erase.
+        ValueError: If ``x`` has no channel dimension, ``groups`` does not divide C, a group holds one value, which
+            normalizing would erase, or there is no such activation.
 
     Source:
         Wu and He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2, 6-7.
@@ -54,7 +63,7 @@ def group_norm(
     x_ngc = widened(x.unflatten(1, (groups, c // groups)))
     var, mean = torch.var_mean(x_ngc, dim=tuple(range(2, x_ngc.dim())), correction=0, keepdim=True)
     y = ((x_ngc - mean) * torch.rsqrt(var + eps)).flatten(1, 2)
-    return scaled_and_shifted(y, weight, bias).to(x.dtype)
+    return activated(scaled_and_shifted(y, weight, bias), activation).to(x.dtype)
 
 
 def check_group_values(x: Tensor, groups: int) -> None:
@@ -104,7 +113,7 @@ def resolve_groups(channels: int, groups: Groups = 32, group_size: int | None = 
     return groups
 
 
-class GroupNorm(ChannelNorm):
+class GroupNorm(TakesActivation, ChannelNorm):
     """Group normalization with a scale and a shift for each channel; see `anybatch.functional.group_norm`.
 
     Args:
@@ -144,10 +153,11 @@ class GroupNorm(ChannelNorm):
         self.num_groups = resolve_groups(num_channels, num_groups, group_size)
 
     def normalize(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+        return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
+        shown = f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
+        return shown + self.shown_activation()
 
 
 def check_groups(groups: Groups, group_size: int | None) -> None:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
-from anybatch.methods.common import ChannelNorm, check_has_channels, scaled_and_shifted, widened
+from anybatch.methods.common import (
+    ChannelNorm,
+    TakesActivation,
+    activated,
+    check_has_channels,
+    scaled_and_shifted,
+    widened,
+)
 from anybatch.scheme import Scheme, check_flag, check_number
 
 
@@ -39,11 +46,12 @@ def positional_norm(
     *,
     eps: float = 1e-5,
     unbiased: bool = False,
+    activation: str = "none",
 ) -> Tensor:
     """Normalize each position of each sample over its channels.
 
-    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the biased variance unless told otherwise. Without weight
-    and bias it is the paper's; with them it is ConvNeXt's layer norm over channels, whose eps is 1e-6.
+    ``y = act((x - mean) / sqrt(var + eps) * weight + bias)``, with the biased variance unless told otherwise. Without
+    weight and bias it is the paper's; with them it is ConvNeXt's layer norm over channels, whose eps is 1e-6.
     Statistics are taken in float32 or wider.
 
     Args:
@@ -52,18 +60,21 @@ def positional_norm(
         bias: (C,), or None for 0.
         eps: Added to the variance, so its unit is that of ``x`` squared.
         unbiased: Whether to divide by C - 1, as the released code does, and not by C, as the paper's equation.
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward.
 
     Returns:
         (N, C, *), with the dtype of ``x``.
 
     Raises:
-        ValueError: If ``x`` has no channel dimension, or one channel, which normalizing would erase.
+        ValueError: If ``x`` has no channel dimension, or one channel, which normalizing would erase; if there is no
+            such activation.
 
     Source:
         Li et al. 2019, "Positional Normalization", arXiv:1907.04312.
     """
     centered, _, var = _centered_and_variance(x, unbiased)
-    return scaled_and_shifted(centered * torch.rsqrt(var + eps), weight, bias).to(x.dtype)
+    y = scaled_and_shifted(centered * torch.rsqrt(var + eps), weight, bias)
+    return activated(y, activation).to(x.dtype)
 
 
 @op
@@ -119,7 +130,7 @@ def moment_shortcut(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (widened(x) * std + mean).to(x.dtype)
 
 
-class PositionalNorm(ChannelNorm):
+class PositionalNorm(TakesActivation, ChannelNorm):
     """Positional normalization; see `anybatch.functional.positional_norm`.
 
     With ``affine=False`` it is the paper's. With a scale and a shift, and ``eps=1e-6``, it is ConvNeXt's LayerNorm2d
@@ -161,10 +172,11 @@ class PositionalNorm(ChannelNorm):
         self.unbiased = unbiased
 
     def normalize(self, x: Tensor) -> Tensor:
-        return positional_norm(x, self.weight, self.bias, eps=self.eps, unbiased=self.unbiased)
+        options = {"eps": self.eps, "unbiased": self.unbiased, "activation": self.activation}
+        return positional_norm(x, self.weight, self.bias, **options)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, unbiased={self.unbiased}"
+        return f"{super().extra_repr()}, unbiased={self.unbiased}{self.shown_activation()}"
 
 
 class MomentShortcut(nn.Module):
