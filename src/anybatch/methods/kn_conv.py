@@ -365,10 +365,10 @@ def kn(
 ) -> Scheme:
     """Kernel normalization inside every convolution, with no norm behind it.
 
-    The published eps, 1e-5, which the layers and the published networks keep, multiplies windows of hardly any variance,
-    such as flat backgrounds, and the gradients that pass them, by up to 316 in each layer: on Fashion-MNIST such networks
-    do not learn, or their evaluation differs from what dropout made of such windows in training. With 0.1 they do, and
-    err as little where there are no flat backgrounds (docs/log.md).
+    The published eps, 1e-5, which the layers and the published networks keep, multiplies windows of hardly any
+    variance, such as flat backgrounds, and the gradients that pass them, by up to 316 in each layer: on Fashion-MNIST
+    such networks do not learn, or their evaluation differs from what dropout made of such windows in training. With 0.1
+    they do, and err as little where there are no flat backgrounds (docs/log.md).
 
     Pre-activated networks have one norm, in front of the head: a KernelNorm of one position, whose dropout has the rate
     ``final_p``; None for the released code's rule, the lesser of 5 p and 0.25.

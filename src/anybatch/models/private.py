@@ -41,8 +41,8 @@ class ResNet8(Network):
     """Two residual blocks of 128 and 256 channels, activations behind the convolutions.
 
     Args:
-        scheme: How it normalizes; ``kn(p=0.1,eps=1e-5)`` as published. Its norm before the head, or its norm, follows the last
-            pooling.
+        scheme: How it normalizes; ``kn(p=0.1,eps=1e-5)`` as published. Its norm before the head, or its norm,
+            follows the last pooling.
         num_classes: Outputs of the classifier; 0 for none, which gives what it takes.
         in_chans: Channels of the input.
         width: Channels of the first convolution; 64 as published. The others have twice and four times as many.
