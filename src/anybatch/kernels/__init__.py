@@ -2,6 +2,7 @@
 
 from anybatch.kernels import channel_moments as channel_moments
 from anybatch.kernels import fused_kn_conv as fused_kn_conv
+from anybatch.kernels import pixel_moments as pixel_moments
 from anybatch.kernels import recompute
 from anybatch.kernels import torch_batch_renorm as torch_batch_renorm
 from anybatch.kernels import torch_group_norm as torch_group_norm

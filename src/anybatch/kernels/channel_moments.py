@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation
-from anybatch.kernels.torch_group_norm import refusal as _torch_refusal
+from anybatch.kernels.torch_group_norm import refusal as torch_refusal
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
 from anybatch.methods.common import activated, widened
 from anybatch.methods.group_norm import group_norm
@@ -306,8 +306,22 @@ def _like(given: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
 
 
 def _refusal(
-    x: Tensor, groups: int, *_: Any, activation: str = "none", eps: float = 1e-5, **parameters: Tensor | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
 ) -> str | None:
+    if torch_refusal(x, groups, weight, bias, eps=eps, activation=activation) is None:
+        return f"x is contiguous {x.dtype}, of which torch's own kernel keeps no more and takes less time"
+    if any(p is not None and p.numel() != x.shape[1] for p in (weight, bias)):
+        return "weight or bias is of other channels than x"
+    return _refused(x, groups, activation)
+
+
+def _refused(x: Tensor, groups: int, activation: str) -> str | None:
     if (
         not x.is_floating_point()
         or x.dim() < 2
@@ -319,13 +333,7 @@ def _refusal(
     return refused_activation(activation)
 
 
-def _group_refusal(x: Tensor, groups: int, *parameters: Any, **options: Any) -> str | None:
-    if _torch_refusal(x, groups, *parameters, **options) is None:
-        return f"x is contiguous {x.dtype}, of which torch's own kernel keeps no more and takes less time"
-    return _refusal(x, groups, *parameters, **options)
-
-
-@group_norm.kernel("moments", refusal=_group_refusal)
+@group_norm.kernel("moments", refusal=_refusal)
 def group_norm_by_moments(
     x: Tensor,
     groups: int,
@@ -338,10 +346,15 @@ def group_norm_by_moments(
     return _ChannelNorm.apply(x, groups, weight, bias, None, None, None, None, eps, activation)[0]
 
 
-def _batch_refusal(x: Tensor, groups: int, mean: Tensor, *others: Any, **options: Any) -> str | None:
-    if x.dim() >= 2 and x.shape[1] != mean.numel():
-        return "mean has another number of channels than x"
-    return _refusal(x, groups, *others, **options)
+def _batch_refusal(
+    x: Tensor, groups: int, *statistics_and_scales: Tensor | None, activation: str = "none", eps: float = 1e-5
+) -> str | None:
+    if reason := _refused(x, groups, activation):
+        return reason
+    for i, values in enumerate(statistics_and_scales):
+        if values is not None and values.numel() not in ((x.shape[1],) if i < 4 else (x.shape[1], groups)):
+            return "statistics, scales or shifts are of other channels than x"
+    return None
 
 
 @batch_channel_norm.kernel("moments", refusal=_batch_refusal)
