@@ -7,12 +7,14 @@ from anybatch.kernels import recompute
 from anybatch.kernels import torch_batch_renorm as torch_batch_renorm
 from anybatch.kernels import torch_group_norm as torch_group_norm
 from anybatch.kernels import torch_weight_standardize as torch_weight_standardize
+from anybatch.methods.batch_channel_norm import batch_channel_norm
 from anybatch.methods.batch_norm import frozen_batch_norm
 from anybatch.methods.batch_renorm import batch_renorm
 from anybatch.methods.derf import dynamic_erf
 from anybatch.methods.dynamic_tanh import dynamic_tanh
 from anybatch.methods.evo_norm import batch_variance, evo_norm_b0, evo_norm_s0
 from anybatch.methods.filter_response_norm import filter_response_norm
+from anybatch.methods.group_norm import group_norm
 from anybatch.methods.kernel_norm import kernel_norm
 from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.local_context_norm import local_context_norm
@@ -20,6 +22,7 @@ from anybatch.methods.local_response_norm import local_response_norm
 from anybatch.methods.positional_norm import positional_moments, positional_norm
 
 # Ops of which half precision keeps no float32 copies for backward.
+recompute.attach(batch_channel_norm)
 recompute.attach(batch_renorm)
 recompute.attach(batch_variance)
 recompute.attach(dynamic_erf)
@@ -27,6 +30,7 @@ recompute.attach(dynamic_tanh)
 recompute.attach(evo_norm_b0)
 recompute.attach(evo_norm_s0)
 recompute.attach(filter_response_norm)
+recompute.attach(group_norm)
 recompute.attach(kernel_norm, asks_for_strides=True)
 recompute.attach(kn_conv)
 recompute.attach(local_context_norm)

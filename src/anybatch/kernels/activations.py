@@ -36,9 +36,8 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def activated_in_place(y: Tensor, activation: str) -> Tensor:
-    """One of `anybatch.methods.common.ACTIVATIONS`, known to be one, of ``y``, which it may overwrite."""
-    # Not all of them do so under vmap.
-    return (ACTIVATIONS if torch._C._are_functorch_transforms_active() else _IN_PLACE)[activation](y)
+    """One of `anybatch.methods.common.ACTIVATIONS`, known to be one, of ``y``, which it overwrites."""
+    return _IN_PLACE[activation](y)
 
 
 def activation_gradient(g: Tensor, y: Tensor, activation: str) -> Tensor:
@@ -49,3 +48,12 @@ def activation_gradient(g: Tensor, y: Tensor, activation: str) -> Tensor:
 def refused_activation(activation: str) -> str | None:
     """Why no kernel takes this name, or None."""
     return None if activation in ACTIVATIONS else f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}"
+
+
+def refused_tracing() -> str | None:
+    """Why a kernel with a backward of its own gives way to formulas, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile chooses what it keeps"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func takes derivatives of formulas"
+    return None

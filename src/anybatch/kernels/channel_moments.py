@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation
+from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
 from anybatch.kernels.torch_group_norm import refusal as torch_refusal
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
-from anybatch.methods.common import activated, widened
+from anybatch.methods.common import widened
 from anybatch.methods.group_norm import group_norm
 
 
 class _Passes:
-    """Passes over (N, C, *) in formulas that every device, compiler and derivative takes."""
+    """Passes over (N, C, *) in formulas that every device and derivative takes."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -39,10 +39,6 @@ class _Passes:
     def sums(self, g: Tensor, mean_nc: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C) and (N, C): of ``g``, and of ``g * (x - mean)``."""
         return self.total(g), self.total(g * (self.x - self.spread(mean_nc)))
-
-    def activated(self, y: Tensor, activation: str) -> Tensor:
-        """The activation of what `affine` returned, which may be overwritten."""
-        return activated(y, activation)
 
     def combined(self, g: Tensor, mean_nc: Tensor, a_nc: Tensor, p_nc: Tensor, q_nc: Tensor) -> Tensor:
         """``a * g + p * (x - mean) + q``."""
@@ -87,9 +83,6 @@ class _Rows(_Passes):
         found = _batch_norm_sums(self._rows(g), self.x_1rs, mean_nc.flatten(), self.ones_r)
         return found[0].view(mean_nc.shape), found[1].view(mean_nc.shape)
 
-    def activated(self, y: Tensor, activation: str) -> Tensor:
-        return activated_in_place(y, activation)
-
     def combined(self, g: Tensor, mean_nc: Tensor, a_nc: Tensor, p_nc: Tensor, q_nc: Tensor) -> Tensor:
         # Torch's addcmul takes twice as long as both where the factor is one number a row.
         return self.affine(mean_nc, p_nc, q_nc).add_(g * self.spread(a_nc))
@@ -122,9 +115,6 @@ class _Columns(_Passes):
         found = [_batch_norm_sums(g_sc, x_sc, mean_c, ones_c) for g_sc, x_sc, mean_c in samples]
         return torch.stack([s for s, _ in found]), torch.stack([s for _, s in found])
 
-    def activated(self, y: Tensor, activation: str) -> Tensor:
-        return activated_in_place(y, activation)
-
     def combined(self, g: Tensor, mean_nc: Tensor, a_nc: Tensor, p_nc: Tensor, q_nc: Tensor) -> Tensor:
         return self.affine(mean_nc, p_nc, q_nc).addcmul_(g, self.spread(a_nc))
 
@@ -138,14 +128,8 @@ def _batch_norm_sums(g: Tensor, x: Tensor, mean_c: Tensor, ones_c: Tensor) -> tu
 
 def _passes(x: Tensor) -> _Passes:
     x = widened(x)
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or x.device.type != "cpu"
-        or x.numel() == 0
-        or type(x) not in (Tensor, nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-    ):
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() > 0
+    if not plain or torch.is_grad_enabled():
         return _Passes(x)
     if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
         return _Columns(x)
@@ -211,10 +195,9 @@ def _numbers(
 
 
 class _ChannelNorm(torch.autograd.Function):
-    generate_vmap_rule = True  # gradients of each sample, for differential privacy
-
     @staticmethod
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
         x: Tensor,
         groups: int,
         weight: Tensor | None,
@@ -225,34 +208,32 @@ class _ChannelNorm(torch.autograd.Function):
         batch_bias: Tensor | None,
         eps: float,
         activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         passes = _passes(x)
         mean_nc, var_nc = passes.moments()
         wide = mean_nc.dtype
         batch = _batch(batch_mean, batch_var, batch_weight, batch_bias, eps, wide)
         numbers = _numbers(mean_nc, var_nc, groups, _as(wide, weight), _as(wide, bias), batch, eps)
+        ctx.groups, ctx.eps, ctx.activation = groups, eps, activation
+        kept = () if passes.size == 1 else (mean_nc, var_nc, *numbers)  # of one position they are as large as x
+        ctx.save_for_backward(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, *kept)
         y = passes.affine(mean_nc, numbers.scale_nc, numbers.shift_nc)
-        return passes.activated(y, activation).to(x.dtype), mean_nc, var_nc
+        return activated_in_place(y, activation).to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, ctx.groups, *parameters, ctx.eps, ctx.activation = inputs
-        _, mean_nc, var_nc = output
-        ctx.mark_non_differentiable(mean_nc, var_nc)
-        alone = math.prod(x.shape[2:]) == 1  # then the mean is x once more
-        ctx.save_for_backward(x, *parameters, *((None, None) if alone else (mean_nc, var_nc)))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, *given, mean_nc, var_nc = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, *kept = ctx.saved_tensors
+        given = (batch_mean, batch_var, batch_weight, batch_bias)
         passes = _passes(x)
-        if mean_nc is None or torch.is_grad_enabled():  # second derivatives need them as functions of x
-            mean_nc, var_nc = passes.moments()
-        wide = mean_nc.dtype
-        batch_mean, batch_var, batch_weight, batch_bias = given
-        batch = _batch(batch_mean, batch_var, batch_weight, batch_bias, ctx.eps, wide)
+        wide = passes.x.dtype
+        batch = _batch(*given, eps=ctx.eps, wide=wide)
         wide_weight = _as(wide, weight)
-        numbers = _numbers(mean_nc, var_nc, ctx.groups, wide_weight, _as(wide, bias), batch, ctx.eps)
+        if not kept or torch.is_grad_enabled():  # second derivatives need them as functions of x
+            mean_nc, var_nc = passes.moments()
+            numbers = _numbers(mean_nc, var_nc, ctx.groups, wide_weight, _as(wide, bias), batch, ctx.eps)
+        else:
+            mean_nc, var_nc, *others = kept
+            numbers = _Numbers(*others)
         g = widened(gradient)
         if ctx.activation != "none":
             y = passes.affine(mean_nc, numbers.scale_nc, numbers.shift_nc)
@@ -322,6 +303,8 @@ def _refusal(
 
 
 def _refused(x: Tensor, groups: int, activation: str) -> str | None:
+    if reason := refused_tracing():
+        return reason
     if (
         not x.is_floating_point()
         or x.dim() < 2
@@ -343,7 +326,7 @@ def group_norm_by_moments(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    return _ChannelNorm.apply(x, groups, weight, bias, None, None, None, None, eps, activation)[0]
+    return _ChannelNorm.apply(x, groups, weight, bias, None, None, None, None, eps, activation)
 
 
 def _batch_refusal(
@@ -373,4 +356,4 @@ def batch_channel_norm_by_moments(
 ) -> Tensor:
     weight, bias = (by_channel(p, x.shape[1]) for p in (weight, bias))
     batch = (mean, var, batch_weight, batch_bias)
-    return _ChannelNorm.apply(x, groups, weight, bias, *batch, eps, activation)[0]
+    return _ChannelNorm.apply(x, groups, weight, bias, *batch, eps, activation)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation
+from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
 from anybatch.kernels.compiled import helper
 from anybatch.methods.common import per_channel, widened
 from anybatch.methods.positional_norm import positional_norm
@@ -16,10 +16,8 @@ from anybatch.methods.positional_norm import positional_norm
 def _refusal(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, activation: str = "none", **_: Any
 ) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile chooses what it keeps"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func differentiates the reference"
+    if reason := refused_tracing():
+        return reason
     if not x.is_floating_point() or x.dim() < 2 or x.shape[1] < 2:
         return "the arguments are none that positional_norm takes"
     if any(p is not None and p.numel() != x.shape[1] for p in (weight, bias)):

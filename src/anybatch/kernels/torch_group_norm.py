@@ -47,18 +47,13 @@ def refusal(
 class _Activated(torch.autograd.Function):
     """Group normalization and an activation that keep ``x`` alone: both are computed anew for backward."""
 
-    generate_vmap_rule = True  # gradients of each sample, for differential privacy
-
     @staticmethod
-    def forward(
-        x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
     ) -> Tensor:
-        return activated_in_place(_native(x, groups, weight, bias, eps)[0], activation)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.groups, weight, bias, ctx.eps, ctx.activation = inputs
+        ctx.groups, ctx.eps, ctx.activation = groups, eps, activation
         ctx.save_for_backward(x, weight, bias)
+        return activated_in_place(_native(x, groups, weight, bias, eps)[0], activation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,6 +98,7 @@ def torch_group_norm(
 ) -> Tensor:
     if activation == "none":
         return F.group_norm(x, groups, weight, bias, eps)
-    if torch.compiler.is_compiling():  # which chooses what it keeps
+    # The compiler chooses what it keeps, and torch.func takes gradients of each sample.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return activated(F.group_norm(x, groups, weight, bias, eps), activation)
     return _Activated.apply(x, groups, weight, bias, eps, activation)
