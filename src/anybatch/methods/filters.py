@@ -84,6 +84,55 @@ def standardized(weight: Tensor, rule: Rule, dim: tuple[int, ...] | None = None)
     return centred * rule.scale(squared_norm, _fan_in(weight, dim))
 
 
+def as_rows(weight: Tensor, *, like: Tensor | None = None) -> Tensor | None:
+    """(O, S): each filter's values in the order of memory, contiguous or channels_last, as a view; None elsewhere.
+
+    With ``like`` in the order of that one's, copied where it is another.
+    """
+    form = weight if like is None else like
+    if form.is_contiguous():
+        return weight.reshape(len(weight), -1)
+    if like is None and not weight.movedim(1, -1).is_contiguous():
+        return None
+    return weight.movedim(1, -1).reshape(len(weight), -1)
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo `as_rows`: rows in the shape and memory format of a weight."""
+    if like.is_contiguous():
+        return rows.view_as(like)
+    return rows.view(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
+
+
+_LEAST = 1e-30
+"""Variance that keeps a constant filter's 1/std finite, where the rule itself has no eps inside the root."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Filters that torch's layer normalization standardized as rows (O, S), and one number a filter, (O, 1)."""
+
+    made: Tensor
+    mean: Tensor
+    scale: Tensor
+    pull: Tensor | None
+    """None where torch's backward of layer normalization is the rule's own."""
+
+
+def standardized_rows(rows: Tensor, rule: Rule, gain: Tensor | None = None) -> Rows:
+    """`standardized` of rows in float32 or wider, times a gain (O, 1), in one pass or two."""
+    size = rows.shape[1]
+    plain = (rule.correction, rule.place) == (0, "inside")
+    made, mean, rstd = torch.native_layer_norm(rows, (size,), None, None, rule.eps if plain else _LEAST)
+    if plain:
+        return Rows(made if gain is None else made.mul_(gain), mean, rstd, None)
+    squared_norm = size / rstd.square()
+    scale = rule.scale(squared_norm, size)
+    factor = scale / rstd
+    made = made.mul_(factor if gain is None else factor * gain)
+    return Rows(made, mean, scale, rule.pull(squared_norm, size, scale))
+
+
 class StandardizedFilter(nn.Module):
     """A layer that multiplies with ``self.weight`` standardized. Methods give `rule` and `standardize`."""
 
@@ -188,16 +237,15 @@ def _kept(layer: StandardizedFilter) -> _Kept:
 
 
 def _computed(layer: StandardizedFilter, weight: Tensor, rule: Rule, key: tuple[Any, ...]) -> _Kept:
-    if (
-        (rule.correction, rule.place) == (0, "inside")
-        and not layer.transposed_filters
-        and weight.is_contiguous()
-        and weight.dtype.itemsize >= 4
-    ):
-        # What the kernel "torch" of weight_standardize runs, in whose backward one pass does it all.
-        size = weight[0].numel()
-        made, mean, rstd = torch.native_layer_norm(weight.flatten(1), (size,), None, None, rule.eps)
-        return _Kept(key, weight, made.view_as(weight), (mean, rstd), layer_norm=True)
+    if not layer.transposed_filters and (rows := as_rows(weight)) is not None:
+        # What the kernels "torch" run, of which torch's backward is one pass.
+        done = standardized_rows(widened(rows), rule)
+        made = from_rows(done.made.to(weight.dtype), weight)
+        if done.pull is None and weight.dtype.itemsize >= 4:
+            return _Kept(key, weight, made, (done.mean, done.scale), layer_norm=True)
+        per_filter = (-1, *(1 for _ in weight.shape[1:]))
+        pull = done.scale / rows.shape[1] if done.pull is None else done.pull
+        return _Kept(key, weight, made, (done.scale.reshape(per_filter), pull.reshape(per_filter)), layer_norm=False)
     dim, filters = layer.filter_dims, layer.by_filter(weight)
     size = _fan_in(filters, dim)
     centred, squared_norm = _centred(filters, dim)
@@ -225,11 +273,11 @@ class _Reused(torch.autograd.Function):
             inputs = (ctx.weight,) if gain is None else (ctx.weight, gain)
             return *torch.func.vjp(layer.standardize, *inputs)[1](gradient), *([None] * (4 - len(inputs)))
         if ctx.layer_norm:
-            rows, shape = values.flatten(1), (values[0].numel(),)
-            given = gradient.reshape(rows.shape)
+            rows, given = as_rows(values), as_rows(gradient, like=values)
+            shape = (values[0].numel(),)
             backward = torch.ops.aten.native_layer_norm_backward
             pulled = backward(given, rows, shape, *factors, None, None, (True, False, False))[0]
-            return pulled.view_as(values), None, None, None
+            return from_rows(pulled, values), None, None, None
         dim, (scale, pull) = layer.filter_dims, factors
         g, z = widened(layer.by_filter(gradient)), widened(layer.by_filter(values))
         along = (g * z).sum(dim, keepdim=True)

@@ -44,7 +44,7 @@ def scaled_weight_standardize(
     """
     check_fan_in("scaled_weight_standardize", weight)
     check_eps_rule(eps_rule)
-    made = standardized(weight, _rule(eps_rule, eps, weight[0].numel()))
+    made = standardized(weight, filter_rule(eps_rule, eps, weight[0].numel()))
     return (made if gain is None else made * gain.reshape(-1, *(1 for _ in weight.shape[1:]))).to(weight.dtype)
 
 
@@ -54,7 +54,7 @@ def check_eps_rule(eps_rule: str) -> None:
         raise ValueError(f"eps_rule={eps_rule!r} is neither 'max' nor 'add'")
 
 
-def _rule(eps_rule: EpsRule, eps: float, size: int) -> Rule:
+def filter_rule(eps_rule: EpsRule, eps: float, size: int) -> Rule:
     """Of the squared norm itself, which is N var."""
     return Rule(eps, correction=None, place="floor") if eps_rule == "max" else Rule(size * eps, correction=None)
 
@@ -93,7 +93,7 @@ class _ScaledWS(StandardizedFilter):
             nn.init.zeros_(self.bias)
 
     def rule(self) -> Rule:
-        return _rule(self.eps_rule, self.eps, self.weight[0].numel())
+        return filter_rule(self.eps_rule, self.eps, self.weight[0].numel())
 
     def standardize(self, weight: Tensor, gain: Tensor | None = None) -> Tensor:
         return scaled_weight_standardize(weight, gain, eps=self.eps, eps_rule=self.eps_rule)

@@ -29,7 +29,8 @@ VARIANTS: dict[str, Rule] = {
 `weight_standardize`."""
 
 
-def _rule(variant: str, eps: float | None) -> Rule:
+def variant_rule(variant: str, eps: float | None) -> Rule:
+    """How a variant scales, with its own eps where none is given; a `ValueError` names the variants."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise unknown("variant of weight standardization", variant, VARIANTS)
     rule = VARIANTS[variant]
@@ -79,7 +80,7 @@ def weight_standardize(
         joe-siyuan-qiao/Batch-Channel-Normalization, google-research/big_transfer, timm, mmcv.
     """
     check_fan_in("weight_standardize", weight, dim)
-    return standardized(weight, _rule(variant, eps), dim).to(weight.dtype)
+    return standardized(weight, variant_rule(variant, eps), dim).to(weight.dtype)
 
 
 class _WeightStandardized(StandardizedFilter):
@@ -92,7 +93,7 @@ class _WeightStandardized(StandardizedFilter):
         super().__init__(*args, **kwargs)
         if eps is not None:
             check_number("eps", eps)
-        self.eps = _rule(variant, eps).eps
+        self.eps = variant_rule(variant, eps).eps
         self.variant: Variant = variant
         check_fan_in(type(self).__name__, self.by_filter(self.weight), self.filter_dims)
         if variant == "aws":
@@ -102,7 +103,7 @@ class _WeightStandardized(StandardizedFilter):
             self.register_buffer("weight_beta", torch.zeros(shape, **like))
 
     def rule(self) -> Rule:
-        return _rule(self.variant, self.eps)
+        return variant_rule(self.variant, self.eps)
 
     def standardize(self, weight: Tensor, gain: Tensor | None = None) -> Tensor:
         if not self.transposed_filters:
@@ -225,6 +226,6 @@ def ws(*, eps: float | None = None, variant: Variant = "default") -> Scheme:
     """Weight Standardization in every convolution; a norm must follow, as in ``ws+gn``."""
     if eps is not None:
         check_number("eps", eps)
-    _rule(variant, eps)
+    variant_rule(variant, eps)
     one_d, two_d, three_d = (partial(layer, eps=eps, variant=variant) for layer in (WSConv1d, WSConv2d, WSConv3d))
     return Scheme(name="ws", conv=(one_d, two_d, three_d), needs_norm=True, sources=("arXiv:1903.10520",))
