@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from anybatch import dispatch
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
+from anybatch.kernels.compiled import helper
 from anybatch.kernels.torch_group_norm import refusal as torch_refusal
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
-from anybatch.methods.common import widened
+from anybatch.methods.common import activated, widened
 from anybatch.methods.group_norm import group_norm
 
 
@@ -44,6 +46,17 @@ class _Passes:
         """``a * g + p * (x - mean) + q``."""
         centered = self.x - self.spread(mean_nc)
         return self.spread(a_nc) * g + self.spread(p_nc) * centered + self.spread(q_nc)
+
+    def output(self, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str) -> Tensor:
+        return activated_in_place(self.affine(mean_nc, scale_nc, shift_nc), activation)
+
+    def gradient_and_sums(
+        self, g: Tensor, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient in front of the activation, and its sums."""
+        if activation != "none":
+            g = activation_gradient(g, self.affine(mean_nc, scale_nc, shift_nc), activation)
+        return g, *self.sums(g, mean_nc)
 
     def total(self, t: Tensor) -> Tensor:
         return t.flatten(2).sum(2) if t.dim() > 2 else t
@@ -119,6 +132,48 @@ class _Columns(_Passes):
         return self.affine(mean_nc, p_nc, q_nc).addcmul_(g, self.spread(a_nc))
 
 
+class _Compiled(_Passes):
+    """A tensor whose passes torch.compile makes: what is read once is read once."""
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return _compiled_moments(self.x)
+
+    def output(self, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str) -> Tensor:
+        return _compiled_output(self.x, mean_nc, scale_nc, shift_nc, activation)
+
+    def gradient_and_sums(
+        self, g: Tensor, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _compiled_sums(g, self.x, mean_nc, scale_nc, shift_nc, activation)
+
+    def combined(self, g: Tensor, mean_nc: Tensor, a_nc: Tensor, p_nc: Tensor, q_nc: Tensor) -> Tensor:
+        return _compiled_combination(g, self.x, mean_nc, a_nc, p_nc, q_nc)
+
+
+@helper
+def _compiled_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _Passes(x).moments()
+
+
+@helper
+def _compiled_output(x: Tensor, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str) -> Tensor:
+    return activated(_Passes(x).affine(mean_nc, scale_nc, shift_nc), activation)
+
+
+@helper
+def _compiled_sums(
+    g: Tensor, x: Tensor, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    passes = _Passes(x)
+    g = activation_gradient(g, passes.affine(mean_nc, scale_nc, shift_nc), activation)
+    return g, *passes.sums(g, mean_nc)
+
+
+@helper
+def _compiled_combination(g: Tensor, x: Tensor, mean_nc: Tensor, a_nc: Tensor, p_nc: Tensor, q_nc: Tensor) -> Tensor:
+    return _Passes(x).combined(g, mean_nc, a_nc, p_nc, q_nc)
+
+
 def _batch_norm_sums(g: Tensor, x: Tensor, mean_c: Tensor, ones_c: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of ``g`` and of ``g * (x - mean)``: the gradients of batch normalization's shift and scale."""
     given = (ones_c, mean_c, ones_c, mean_c, ones_c)  # the scale, and both kinds of statistics
@@ -131,6 +186,8 @@ def _passes(x: Tensor) -> _Passes:
     plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() > 0
     if not plain or torch.is_grad_enabled():
         return _Passes(x)
+    if dispatch.compiles_helpers():
+        return _Compiled(x)
     if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
         return _Columns(x)
     return _Rows(x.contiguous())
@@ -170,6 +227,7 @@ class _Numbers(NamedTuple):
     rstd_ng1: Tensor
 
 
+@helper
 def _numbers(
     mean_nc: Tensor,
     var_nc: Tensor,
@@ -217,8 +275,7 @@ class _ChannelNorm(torch.autograd.Function):
         ctx.groups, ctx.eps, ctx.activation = groups, eps, activation
         kept = () if passes.size == 1 else (mean_nc, var_nc, *numbers)  # of one position they are as large as x
         ctx.save_for_backward(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, *kept)
-        y = passes.affine(mean_nc, numbers.scale_nc, numbers.shift_nc)
-        return activated_in_place(y, activation).to(x.dtype)
+        return passes.output(mean_nc, numbers.scale_nc, numbers.shift_nc, activation).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -234,33 +291,40 @@ class _ChannelNorm(torch.autograd.Function):
         else:
             mean_nc, var_nc, *others = kept
             numbers = _Numbers(*others)
-        g = widened(gradient)
-        if ctx.activation != "none":
-            y = passes.affine(mean_nc, numbers.scale_nc, numbers.shift_nc)
-            g = activation_gradient(g, y, ctx.activation)
-        total_nc, along_nc = passes.sums(g, mean_nc)
-
-        size, off, rstd = passes.size, numbers.off_ngd, numbers.rstd_ng1
-        total = total_nc.unflatten(1, (ctx.groups, -1))
-        along = (along_nc if batch is None else along_nc * batch.scale).unflatten(1, (ctx.groups, -1))
-        along = rstd * (along + off * total)  # of g with the normalized values
-        scaled = (total, along)
-        if wide_weight is not None:
-            scaled = (t * wide_weight.view(off.shape[1:]) for t in scaled)
-        within, slope = (rstd * t.sum(2, keepdim=True) / (size * off.shape[2]) for t in scaled)
-        slope = rstd * slope
-        # The gradient of z is rstd * weight * g - within - slope * (z - the mean of its group).
-        p_nc, q_nc = -slope.expand_as(off).flatten(1), -(within + slope * off).flatten(1)
-
+        g, total_nc, along_nc = passes.gradient_and_sums(
+            widened(gradient), mean_nc, numbers.scale_nc, numbers.shift_nc, ctx.activation
+        )
+        g_weight, p_nc, q_nc = _coefficients(total_nc, along_nc, numbers, wide_weight, batch, passes.size)
         g_batch = (None, None, None, None)
         if batch is not None:
-            g_batch = _batch_gradients(batch, numbers.scale_z_nc, p_nc, q_nc, mean_nc, var_nc, total_nc, along_nc, size)
+            g_batch = _batch_gradients(
+                batch, numbers.scale_z_nc, p_nc, q_nc, mean_nc, var_nc, total_nc, along_nc, passes.size
+            )
             p_nc, q_nc = p_nc * batch.scale.square(), q_nc * batch.scale
         g_x = passes.combined(g, mean_nc, numbers.scale_nc, p_nc, q_nc) if ctx.needs_input_grad[0] else None
-        found = (g_x, None, along.sum(0).flatten(), total_nc.sum(0), *g_batch)
+        found = (g_x, None, g_weight, total_nc.sum(0), *g_batch)
         return *_like((x, None, weight, bias, *given), found), None, None
 
 
+@helper
+def _coefficients(
+    total_nc: Tensor, along_nc: Tensor, numbers: _Numbers, weight: Tensor | None, batch: _Batch | None, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight's gradient, and p and q of the gradient of z, ``scale * g + p * (z - its mean) + q``."""
+    off, rstd = numbers.off_ngd, numbers.rstd_ng1
+    total = total_nc.view_as(off)
+    along = (along_nc if batch is None else along_nc * batch.scale).view_as(off)
+    along = rstd * (along + off * total)  # of g with the normalized values
+    scaled = (total, along)
+    if weight is not None:
+        scaled = (t * weight.view(off.shape[1:]) for t in scaled)
+    within, slope = (rstd * t.sum(2, keepdim=True) / (size * off.shape[2]) for t in scaled)
+    slope = rstd * slope
+    # It is rstd * weight * g - within - slope * (z - the mean of its group).
+    return along.sum(0).flatten(), -slope.expand_as(off).flatten(1), -(within + slope * off).flatten(1)
+
+
+@helper
 def _batch_gradients(
     batch: _Batch,
     scale_nc: Tensor,
