@@ -15,10 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybatch.kernels.compiled import helper
 from anybatch.methods.common import widened
 from anybatch.methods.filters import Rule, as_rows, from_rows, standardized_rows
 from anybatch.methods.scaled_weight_standardization import filter_rule, scaled_weight_standardize
 from anybatch.methods.weight_standardization import VARIANTS, variant_rule, weight_standardize
+
+
+@helper
+def _pulled(rows: Tensor, g: Tensor, mean: Tensor, scale: Tensor, pull: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the rows, (O, S), and of their gains, (O, 1)."""
+    centred = rows - mean
+    along = (g * centred).sum(1, keepdim=True) * scale  # <g, Z>
+    own = scale * gain
+    pulled = torch.addcmul(-own * g.mean(1, keepdim=True), centred, pull * along * own, value=-1)
+    return torch.addcmul(pulled, g, own), along
 
 
 class _Standardize(torch.autograd.Function):
@@ -42,13 +53,9 @@ class _Standardize(torch.autograd.Function):
             backward = torch.ops.aten.native_layer_norm_backward
             pulled = backward(g, rows, shape, mean, scale, None, None, (True, False, False))[0]
             return from_rows(pulled.to(weight.dtype), weight), None, None, None
-        centred = rows - mean
-        along = (g * centred).sum(1, keepdim=True) * scale  # <g, Z>
+        gain_o1 = torch.ones_like(scale) if gain is None else gain.reshape(-1, 1).to(rows.dtype)
+        pulled, along = _pulled(rows, g, mean, scale, scale / rows.shape[1] if pull is None else pull, gain_o1)
         to_gain = None if gain is None else along.to(gain.dtype).reshape(gain.shape)
-        gain_o1 = 1.0 if gain is None else gain.reshape(-1, 1).to(rows.dtype)
-        own = scale * gain_o1
-        of_z = (scale / rows.shape[1] if pull is None else pull) * along * own
-        pulled = torch.addcmul(-own * g.mean(1, keepdim=True), centred, of_z, value=-1).addcmul_(g, own)
         return from_rows(pulled.to(weight.dtype), weight), to_gain, None, None
 
 
