@@ -25,7 +25,7 @@ from anybatch.kernels.recompute import pull
 from anybatch.methods.common import widened
 from anybatch.methods.kernel_norm import dropout_mask
 from anybatch.methods.kn_conv import check_residual, convolve, filter_windows, kn_conv
-from anybatch.methods.windows import Padding, Sizes, Windows, combined_moments, window_means
+from anybatch.methods.windows import Padding, Sizes, Windows, channels_are_last, combined_moments, pad, window_means
 
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -73,7 +73,10 @@ def _pixel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the channels of (N, C, *), (N, 1, *)."""
     x = widened(x)
     mean = x.mean(1, keepdim=True)
-    return mean, (x - mean).square().mean(1, keepdim=True)
+    apart = x - mean
+    if channels_are_last(x):
+        return mean, torch.linalg.vector_norm(apart, dim=1, keepdim=True).square_().div_(x.shape[1])
+    return mean, apart.square_().mean(1, keepdim=True)
 
 
 @helper
@@ -95,12 +98,12 @@ def _through_epilogue(
     """The gradients g in front of the activation and ``g * scale``, and ``sum_o g_o (y_o - residual_o - b_o)``."""
     g = torch.ops.aten.threshold_backward(gradient, y, 0) if relu else gradient
     wide = g.to(scale.dtype)
-    own = y.to(scale.dtype)
+    own = y.to(scale.dtype, copy=residual is None and bias is None)
     if residual is not None:
         own = own - residual
     if bias is not None:
-        own = own - bias
-    return g, (wide * scale).to(g.dtype), (wide * own).sum(1, keepdim=True)
+        own = own - bias if residual is None else own.sub_(bias)
+    return g, (wide * scale).to(g.dtype), own.mul_(wide).sum(1, keepdim=True)
 
 
 @helper
@@ -108,8 +111,8 @@ def _with_statistics(g_x: Tensor, x: Tensor, mask: Tensor | None, slope: Tensor,
     """``g_x + mask * (slope * x + offset)``."""
     through = torch.addcmul(offset, x.to(slope.dtype), slope)
     if mask is not None:
-        through = through * mask
-    return (g_x + through).to(x.dtype)
+        through = through.mul_(mask)
+    return through.add_(g_x).to(x.dtype)
 
 
 def _centered(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -119,10 +122,42 @@ def _centered(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (w - w_mean).to(dtype), w_mean
 
 
-def _spread(fields: Tensor, at: Windows, positions: torch.Size) -> Tensor:
-    """The transpose of the mean over each window: (N, K, windows) to (N, K, positions)."""
-    if at.positions == 1 and not at.padded and all(s == 1 for s in at.stride):
+def _pools(at: Windows) -> bool:
+    """Whether torch's average pooling in two dimensions has these windows."""
+    pads = zip(at.kernel, at.pads, strict=True)
+    return len(at.kernel) == 2 and at.dilation == (1, 1) and all(2 * pad <= k for k, (pad, _) in pads)
+
+
+def _mean_over(fields: Tensor, at: Windows) -> Tensor:
+    """The mean of (N, K, positions) over each window, (N, K, windows)."""
+    if at.untouched:
         return fields
+    if _pools(at):
+        return F.avg_pool2d(fields, at.kernel, at.stride, at.symmetric or 0)
+    return window_means(fields, at)
+
+
+def _moments(mean: Tensor, var: Tensor, at: Windows) -> tuple[Tensor, Tensor]:
+    """`combined_moments` in fewer operations where there are."""
+    if at.untouched:
+        return mean, var
+    if not _pools(at):
+        return combined_moments(mean, var, at)
+    over = F.avg_pool2d(torch.cat([mean, var], 1), at.kernel, at.stride, at.symmetric or 0)
+    if at.positions == 1:
+        return over[:, :1], over[:, 1:]
+    parts = pad(mean, at).unfold(2, at.kernel[0], at.stride[0]).unfold(3, at.kernel[1], at.stride[1])
+    return over[:, :1], over[:, 1:] + (parts - over[:, :1, ..., None, None]).square_().mean((4, 5))
+
+
+def _spread(fields: Tensor, at: Windows, positions: torch.Size) -> Tensor:
+    """The transpose of `_mean_over`: (N, K, windows) to (N, K, positions)."""
+    if at.untouched:
+        return fields
+    if _pools(at):
+        like = fields.new_empty(()).expand(*fields.shape[:2], *positions)
+        geometry = (at.kernel, at.stride, at.symmetric or (0, 0), False, True, None)
+        return torch.ops.aten.avg_pool2d_backward(fields, like, *geometry)
     fields = fields / at.positions
     flat = fields.reshape(-1, 1, *fields.shape[2:])
     taps = torch.ones(1, 1, *at.kernel, dtype=fields.dtype, device=fields.device)
@@ -151,7 +186,7 @@ class _KNConv(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         pixels = _pixel_moments(x)
         mask = None if seed is None else dropout_mask(x, p, seed)
-        mean, var = combined_moments(*(pixels if mask is None else _pixel_moments(x * mask)), at)
+        mean, var = _moments(*(pixels if mask is None else _pixel_moments(x * mask)), at)
         if p:
             mean, var = mean / (1 - p), var / (1 - p) ** 2
         scale = torch.rsqrt(var + eps)
@@ -159,7 +194,7 @@ class _KNConv(torch.autograd.Function):
         z = convolve(x, filters, at, 1)
         # What is added to z, a map of one value a position for each filter: nothing in float32 without dropout.
         beside = [1, -1] + [1] * len(at.kernel)
-        own = mean if mask is None else window_means(pixels[0], at)
+        own = mean if mask is None else _mean_over(pixels[0], at)
         if filters.dtype != wide:
             rest = filters.to(wide).flatten(1).sum(1)
             z = torch.addcmul(z.to(wide), own, rest.reshape(beside), value=-1)
@@ -200,13 +235,13 @@ class _KNConv(torch.autograd.Function):
         geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)
         g_x, g_filters, _ = torch.ops.aten.convolution_backward(h, x, filters, None, *geometry, needed)
         g_weight = g_filters.to(wide)
-        g_weight = g_weight - g_weight.mean(tuple(range(1, weight.dim())), keepdim=True)
+        g_weight -= g_weight.mean(tuple(range(1, weight.dim())), keepdim=True)
         g_var = -0.5 * scale.square() * along
         g_own = None
         if apart is not None:
             h = h.to(wide)
             g_total = (h * apart).sum(over)
-            g_weight = g_weight + g_total.reshape(-1, *[1] * (weight.dim() - 1))
+            g_weight += g_total.reshape(-1, *[1] * (weight.dim() - 1))
             total = w_mean.flatten() * weight[0].numel()
             g_own = (h * total.reshape([1, -1] + [1] * len(at.kernel))).sum(1, keepdim=True)
         if g_x is not None:
@@ -221,7 +256,7 @@ class _KNConv(torch.autograd.Function):
             mask = None if seed is None else dropout_mask(x, ctx.p, seed)
             g_x = _with_statistics(g_x, x, mask, slope, offset)
             if g_own is not None:
-                g_x = g_x + spread[:, 2:].to(g_x.dtype)
+                g_x += spread[:, 2:]
         return None, None, g_x, g_weight.to(weight.dtype), g_bias, g if residual is not None else None, *[None] * 4
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,6 +48,11 @@ class Windows(NamedTuple):
         return tuple(before for before, _ in self.pads)
 
     @property
+    def untouched(self) -> bool:
+        """Whether each position is a window and each window a position."""
+        return self.positions == 1 and not self.padded and all(s == 1 for s in self.stride)
+
+    @property
     def padded(self) -> bool:
         return any(before or behind for before, behind in self.pads)
 
@@ -73,6 +80,16 @@ def windows(
     Raises:
         ValueError: If one of them is none of these, or ``"same"`` is asked for with a stride above 1.
     """
+    given = (dims, kernel_size, stride, padding, dilation, padding_mode)
+    if not torch.compiler.is_compiling():  # torch.compile would warn of the cache, and needs none
+        with contextlib.suppress(TypeError):  # lists
+            return _parsed_once(*given)
+    return _parsed(*given)
+
+
+def _parsed(
+    dims: int, kernel_size: Sizes, stride: Sizes, padding: Padding, dilation: Sizes, padding_mode: str
+) -> Windows:
     kernel = _each("kernel_size", kernel_size, dims, 1)
     steps = _each("stride", stride, dims, 1)
     between = _each("dilation", dilation, dims, 1)
@@ -94,6 +111,9 @@ def windows(
     else:
         pads = tuple((n, n) for n in _each("padding", padding, dims, 0))
     return Windows(kernel, steps, between, pads, padding_mode)  # pyright: ignore[reportArgumentType] (pairs, as checked)
+
+
+_parsed_once = functools.lru_cache(1024, typed=True)(_parsed)
 
 
 def _each(name: str, given: Any, dims: int, least: int) -> tuple[int, ...]:
