@@ -662,6 +662,8 @@ def _step_variant(
 
 def _inference_cells(chosen: Settings) -> Iterator[Cell]:
     for net in chosen.nets():
+        if chosen.schemes is None:  # clipping leaves evaluation as it is
+            net = replace(net, schemes=tuple(spec for spec in net.schemes if parse_scheme(spec).clip is None))
         for layout in chosen.formats(layers=False):
             for batch_size in net.batch_sizes:
                 about = {"model": net.name, "size": net.size, "batch_size": batch_size, "memory_format": layout}
