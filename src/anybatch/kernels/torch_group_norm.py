@@ -98,6 +98,9 @@ def torch_group_norm(
 ) -> Tensor:
     if activation == "none":
         return F.group_norm(x, groups, weight, bias, eps)
+    if activation == "relu":
+        # What it gives is kept, as by the convolution behind it anyway: to compute it anew would save nothing there.
+        return F.group_norm(x, groups, weight, bias, eps).relu_()
     # The compiler chooses what it keeps, and torch.func takes gradients of each sample.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return activated(F.group_norm(x, groups, weight, bias, eps), activation)
