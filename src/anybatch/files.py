@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +15,15 @@ if TYPE_CHECKING:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file beside ``path``, bring it to disk, and put it in the place of ``path``.
 
-    Whatever goes wrong, a full disk say, the file that was there stays as it was.
+    Whatever goes wrong, a full disk say, the file that was there stays as it was. The new one has its permissions, or
+    those that any new file has.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = (path if path.exists() else temporary).stat().st_mode
         write(temporary)
+        temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that nobody else can read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -317,7 +317,7 @@ def test_the_release_of_knresnet(depth: int, tmp_path: Path) -> None:
     torch.manual_seed(depth)
     weights = released_knresnet(depth, 7)
     torch.save({"model": weights, "epoch": 99}, tmp_path / "kn.pt")
-    model = made(f"knresnet{depth}", "kn", num_classes=7).double()
+    model = made(f"knresnet{depth}", num_classes=7).double()
     told = load_weights(model, tmp_path / "kn.pt")
     assert isinstance(model, KNResNet)
     assert told.layout == ("knresnet" if depth == 50 else "anybatch")  # the others have no 1 x 1 convolutions

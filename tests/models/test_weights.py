@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 import anybatch
 from anybatch.models import FeaturePyramid, export_weights, load_weights
@@ -58,9 +59,6 @@ def test_a_narrow_vgg_goes_to_timms_layout_and_back() -> None:
     again = made("vgg11", "bn", num_classes=3, width=4)
     assert load_weights(again, exported).layout == "timm"
     assert_same_tensors(again.state_dict(), model.state_dict())
-
-
-# What is refused.
 
 
 # What is refused.
@@ -141,6 +139,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     (tmp_path / "weights.h5").touch()
+    for kind in ("npz", "pt", "ckpt"):
+        (tmp_path / f"text.{kind}").write_text("hello\n")
+    save_file({"a": torch.zeros(1)}, tmp_path / "tensors.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "torch.npz")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "torch.safetensors")
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(1))
+    (tmp_path / "arrays.npz").rename(tmp_path / "arrays.pth")
     np.save(tmp_path / "lone.npy", np.zeros(3))
     (tmp_path / "lone.npy").rename(tmp_path / "lone.npz")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
@@ -148,9 +153,16 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     np.savez(tmp_path / "words.npz", a=np.array(["x"]))
     for name, message in {
         "none.pt": "no file of weights at",
-        "cut.safetensors": "is damaged or cut off",
+        "cut.safetensors": "is damaged or cut off, or no .safetensors file",
         "cut.npz": "is damaged or cut off",
-        "weights.h5": r"of unknown kind '.h5'; give one of .safetensors, .npz, .pt, .pth, .bin, .tar",
+        "weights.h5": r"of unknown kind '.h5'; give one of .safetensors, .npz, .pt, .pth, .ckpt, .bin, .tar",
+        "text.npz": r"is damaged or cut off, or no .npz file: ValueError it does not begin as numpy's files do",
+        "text.pt": r"text.pt is damaged or cut off, or no .pt file",
+        "text.ckpt": r"text.ckpt is damaged or cut off, or no .ckpt file",
+        "tensors.pt": r"tensors.pt holds what a .safetensors file holds; give its name that ending",
+        "torch.npz": r"torch.npz holds what a .pt file holds",
+        "torch.safetensors": r"torch.safetensors holds what a .pt file holds",
+        "arrays.pth": r"arrays.pth holds what a .npz file holds",
         "lone.npz": "holds a ndarray and no named tensors",
         "list.pt": "holds a list and no named tensors",
         "empty.pt": "holds no tensors",
@@ -158,6 +170,91 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["pt", "old.pt", "npz", "safetensors"])
+def test_a_damaged_file_is_told_in_one_line_whatever_reading_it_stumbles_over(tmp_path: Path, kind: str) -> None:
+    tensors: Any = {f"{i}.weight": torch.randn(7, i + 1) for i in range(6)}
+    path = tmp_path / f"whole.{kind}"
+    if kind == "npz":
+        np.savez_compressed(path, **{key: value.numpy() for key, value in tensors.items()})
+    elif kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "pt")
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    damaged = tmp_path / f"damaged.{kind}"
+    told = []
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in random.integers(0, len(whole), 3):
+            content[place] = random.integers(256)
+        damaged.write_bytes(content[: random.integers(len(whole))] if random.random() < 0.2 else content)
+        try:
+            read_weights(damaged)
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > 15
+    assert all((str(damaged) in text or text.startswith("array")) and "\n" not in text for text in told)
+
+
+def test_words_in_front_of_all_names_are_left_out() -> None:
+    like = randomized(anybatch.create_model("resnet8", num_classes=2)).state_dict()
+    for prefix in ("model.", "net.", "module.model.", "backbone.", "model._orig_mod."):
+        model = made("resnet8", num_classes=2)
+        told = load_weights(model, {"state_dict": {f"{prefix}{key}": value for key, value in like.items()}})
+        assert told.layout == "anybatch"
+        assert told.mapped["conv1.weight"] == f"{prefix}conv1.weight"
+        assert not told.unused
+        assert_same_tensors(model.state_dict(), like)
+
+
+def test_layouts_of_other_families_are_not_tried() -> None:
+    like = randomized(anybatch.create_model("resnet18", "bn", num_classes=512, width=8)).state_dict()
+    model = made("resnet18", "bn", num_classes=512, width=8)
+    some = {f"model.{key}": value for key, value in like.items()} | {"loss.weight": torch.ones(1)}
+    assert load_weights(model, some, strict=False).layout not in ("deepmind", "bit")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
+def test_numbers_of_another_kind_are_refused(dtype: torch.dtype) -> None:
+    model = made("resnet8", num_classes=2)
+    like = randomized(anybatch.create_model("resnet8", num_classes=2)).state_dict()
+    with pytest.raises(ValueError, match=rf"no floating point: fc.weight {dtype}"):
+        load_weights(model, {**like, "fc.weight": like["fc.weight"].to(dtype)})
+    assert model.fc.weight.isnan().all()
+
+
+def test_a_classifier_of_no_dimension_and_images_of_other_channels_are_told() -> None:
+    like = randomized(anybatch.create_model("resnet8", num_classes=2)).state_dict()
+    with pytest.raises(ValueError, match=r"of another shape: fc.weight \(\) for \(2, 64\)"):
+        load_weights(made("resnet8", num_classes=2), {**like, "fc.weight": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="takes images of 3 channels, the network 1; build it with in_chans=3"):
+        load_weights(made("resnet8", num_classes=2, in_chans=1), like)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layouts"),
+    [
+        ("knresnet18", {}, ("timm", "torchvision")),
+        ("knresnet18_seg", {}, ("timm", "torchvision")),
+        ("resnet8_kn", {}, ("timm", "torchvision")),
+        ("vgg11", {"stem": "cifar"}, ("timm", "torchvision")),
+        ("densenet40_12", {}, ("timm", "torchvision")),
+        ("wide_resnet28_10", {}, ("timm", "torchvision")),
+        ("resnet18", {"stem": "cifar"}, ("timm", "torchvision")),
+        ("preact_resnet18", {}, ("torchvision",)),
+        ("nf_resnet26", {}, ("torchvision",)),
+    ],
+)
+def test_networks_that_the_other_library_lacks_are_not_exported(
+    name: str, options: dict[str, Any], layouts: tuple[str, ...]
+) -> None:
+    with torch.device("meta"):
+        model: Any = anybatch.create_model(name, **options)
+    for layout in layouts:
+        with pytest.raises(ValueError, match=f"{layout} has no network like this {name}; its weights travel under our"):
+            export_weights(model, layout)
 
 
 def test_refused_arguments() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybatch.models.convnext import ConvNeXt
+from anybatch.models.densenet import DenseNet
 from anybatch.models.network import Network
 from anybatch.models.nfnet import NormalizerFreeNet
 from anybatch.models.resnet import ResNet
@@ -54,6 +55,8 @@ class Layout:
     """From names that occur in files to those that the table gives."""
     left_out: str | None = None
     """Names of what has no place in our networks and may be there all the same."""
+    knows: Callable[[Network], bool] = lambda model: True
+    """Whether networks of this kind are written so."""
     transposed: bool = False
     """Whether filters are (H, W, I, O) and linear weights (I, O)."""
 
@@ -142,6 +145,18 @@ def _timm(model: Network) -> Table:
     return _PREACTIVATED if _is_preactivated(model) else _TIMM.get(type(model), Table())
 
 
+def _in_timm(model: Network) -> bool:
+    """Whether the network, and not one of ours alone or with CIFAR's stem, is there."""
+    if isinstance(model, VGG):
+        return model.classifier_name == "classifier.6"
+    known = isinstance(model, (ResNet, DenseNet, ConvNeXt, NormalizerFreeNet))
+    return known and model.levels[0].reduction > 1
+
+
+def _in_torchvision(model: Network) -> bool:
+    return _in_timm(model) and not isinstance(model, NormalizerFreeNet) and not _is_preactivated(model)
+
+
 def _is_preactivated(model: Network) -> bool:
     first: Any = getattr(model, "layer1", [None])
     return isinstance(model, ResNet) and first[0].preactivated
@@ -195,8 +210,11 @@ LAYOUTS: dict[str, Layout] = {
         "ResNet, ResNeXt, wide ResNet, VGG, DenseNet (with old names, norm.1 for norm1, too) and ConvNeXt",
         _torchvision,
         ((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),),
+        knows=_in_torchvision,
     ),
-    "timm": Layout("dm_nfnet, nf_resnet, nf_regnet, resnet*_gn, resnetv2, vgg, densenet and convnext", _timm),
+    "timm": Layout(
+        "dm_nfnet, nf_resnet, nf_regnet, resnet*_gn, resnetv2, vgg, densenet and convnext", _timm, knows=_in_timm
+    ),
     "knresnet": Layout("the KNResNet release", spelling=((r"\.conv1x1\.", "."),)),
     "ws": Layout("the releases of Weight Standardization and Batch-Channel Norm", left_out=r"\.estbn_moving_speed$"),
     "mmcv": Layout(
@@ -209,22 +227,25 @@ LAYOUTS: dict[str, Layout] = {
         _deepmind,
         (
             (r"/~/|/", "."),
-            (r"^\w+\.", ""),  # the root: NFNet, NF_ResNet or NF_RegNet
+            (r"^NF(Net|_ResNet|_RegNet)\.", ""),
             (r"^nf_(?:res_)?block(?=\.)", "block0"),
             (r"^nf_(?:res_)?block_", "block"),
             (r"\.w$", ".weight"),
             (r"\.b$", ".bias"),
         ),
+        knows=lambda model: isinstance(model, NormalizerFreeNet),
         transposed=True,
     ),
     "bit": Layout(
         "Google's BiT",
         _bit,
         ((r"/", "."), (r"^resnet\.", ""), (r"\.(kernel|gamma)$", ".weight"), (r"\.beta$", ".bias")),
+        knows=_is_preactivated,
         transposed=True,
     ),
 }
 
+_WS = "scheme ws(variant=paper)+gn for the WS release, ws(variant=bcn)+bcn for BCN's"
 SAME_OUTPUTS: dict[tuple[str, str], str] = {
     ("timm", "NFNet"): "scheme nf(act=gelu,released=True,eps_rule=add)",
     (
@@ -236,7 +257,8 @@ SAME_OUTPUTS: dict[tuple[str, str], str] = {
     ),
     ("timm", "PreAct-ResNet"): "for BiT scheme ws(eps=1e-08)+gn, stem=bit, and images scaled to -1 .. 1",
     ("bit", "PreAct-ResNet"): "scheme ws(variant=bit)+gn, stem=bit, and images scaled to -1 .. 1",
-    ("ws", "ResNet"): "scheme ws(variant=paper)+gn for the WS release, ws(variant=bcn)+bcn for BCN's",
+    ("ws", "ResNet"): _WS,
+    ("ws", "ResNeXt"): _WS,
     ("mmcv", "ResNet"): "scheme ws(variant=aws)+bn for ConvAWS, ws(variant=paper)+gn for ConvWS",
 }
 """With what a network computes the outputs that a layout's weights were trained for, where it is not the default."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 import zipfile
@@ -58,12 +59,14 @@ def load_weights(
     Args:
         model: The network, built for the weights: `Loaded.note` tells with which scheme and options it computes what
             they were trained for, which the weights themselves do not show.
-        source: A ``.safetensors`` file, an ``.npz`` of plain arrays, a ``.pt``, ``.pth``, ``.bin`` or ``.tar`` that
-            ``torch.load(weights_only=True)`` reads, or a state dict, also a nested one. Of several state dicts in one
-            file averaged weights come first, as in timm.
+        source: A ``.safetensors`` file, an ``.npz`` of plain arrays, a ``.pt``, ``.pth``, ``.ckpt``, ``.bin`` or
+            ``.tar`` that ``torch.load(weights_only=True)`` reads, or a state dict, also a nested one. Of several state
+            dicts in one file averaged weights come first, as in timm. A word in front of all names is left out, such
+            as ``model.`` of Lightning.
         layout: How the source names things: a key of `anybatch.models.layouts.LAYOUTS`, ``"anybatch"``,
             ``"torchvision"``, ``"timm"``, ``"knresnet"``, ``"ws"``, ``"mmcv"``, ``"deepmind"`` or ``"bit"``;
-            ``"auto"`` for the one that shares the most names and shapes with the network.
+            ``"auto"`` for the one that shares the most names and shapes with the network. The WS release and mmcv
+            have names that are ours too: give ``"ws"`` or ``"mmcv"`` for a `Loaded.note`.
         strict: Whether every tensor of the network must be there in its shape, and no other; otherwise what fits is
             taken.
         classifier: ``"load"``; ``"skip"`` keeps the network's own; ``"adapt"`` first gives the network as many
@@ -75,7 +78,8 @@ def load_weights(
     Raises:
         TypeError: If the model is no `Network`, such as a feature pyramid: load first, then make it one.
         ValueError: If the file is missing, damaged, of an unknown kind or would have to run code to be read; if the
-            weights are another network's, with at most ten names of each kind; if they have another number of classes.
+            weights are another network's, with at most ten names of each kind; if they have another number of classes
+            or of input channels.
             The network is unchanged then, but for the number of its classes with ``"adapt"``.
 
     >>> model, like = create_model("resnet8", num_classes=2), create_model("resnet8", num_classes=2)
@@ -87,14 +91,16 @@ def load_weights(
     if classifier not in ("load", "skip", "adapt"):
         raise ValueError(f"classifier must be 'load', 'skip' or 'adapt', got {classifier!r}")
     where = "the state dict" if isinstance(source, Mapping) else str(source)
-    weights = read_weights(source)
+    named = read_weights(source)
+    prefix = _shared_prefix(named, model)
+    weights = {key.removeprefix(prefix): tensor for key, tensor in named.items()}
     name = _recognized(model, weights) if layout == "auto" else layout
     if name not in LAYOUTS:
         raise unknown("layout", name, ("auto", *LAYOUTS))
     fit = _Fit(model, weights, LAYOUTS[name])
 
     head = [f"{model.classifier_name}.{kind}" for kind in ("weight", "bias")]
-    classes = len(fit.found[head[0]]) if head[0] in fit.found else None
+    classes = len(fit.found[head[0]]) if head[0] in fit.found and fit.found[head[0]].dim() else None
     if classifier == "adapt" and classes not in (None, model.num_classes):
         model.reset_classifier(classes)
         fit = _Fit(model, weights, LAYOUTS[name])
@@ -107,6 +113,10 @@ def load_weights(
             f"num_classes={classes}, or keep its own classifier with classifier='skip'"
         )
 
+    if strict and (chans := fit.other_channels()):
+        raise ValueError(
+            f"{where} takes images of {chans} channels, the network {model.in_chans}; build it with in_chans={chans}"
+        )
     if strict and (told := fit.told()):
         hint = "; keep the network's own classifier with classifier='skip'" if fit.missing == head[::-1] else ""
         others = _others(model, weights, LAYOUTS[name])
@@ -116,9 +126,10 @@ def load_weights(
     model.load_state_dict(fit.fitting, strict=False)
     _count_batches(model, fit.fitting)
     note = SAME_OUTPUTS.get((name, _family(model)), "")
-    mapped = {key: fit.origin[key] for key in fit.fitting}
+    mapped = {key: prefix + fit.origin[key] for key in fit.fitting}
     missing = sorted(fit.own.keys() - mapped.keys())
-    unused = [key for key in weights if key not in mapped.values()]
+    used = set(mapped.values())
+    unused = [key for key in named if key not in used]
     return Loaded(name, mapped, missing, unused, note)
 
 
@@ -138,12 +149,17 @@ def export_weights(model: Network, layout: str = "timm") -> dict[str, Tensor]:
 
     Raises:
         TypeError: If the model is no `Network`.
-        ValueError: If the layout is another.
+        ValueError: If the layout is another, or there is no such network, as with CIFAR's stem.
     """
     if not isinstance(model, Network):
         raise TypeError(f"model must be a network of create_model, got {type(model).__name__}")
     if layout not in ("timm", "torchvision"):
         raise unknown("layout to export", layout, ("timm", "torchvision"))
+    if not LAYOUTS[layout].knows(model):
+        raise ValueError(
+            f"{layout} has no network like this {_architecture(model)}; its weights travel under our own names, as a "
+            "state_dict() or by save_pretrained"
+        )
     table = LAYOUTS[layout].table(model)
     return {table.name(key): table.shaped(key, value) for key, value in model.state_dict().items()}
 
@@ -153,6 +169,7 @@ class _Fit:
 
     def __init__(self, model: Network, weights: Mapping[str, Tensor], layout: Layout) -> None:
         self.own = model.state_dict()
+        self.in_chans = model.in_chans
         self.found: dict[str, Tensor] = {}
         self.origin: dict[str, str] = {}
         self.unexpected: list[str] = []
@@ -176,7 +193,7 @@ class _Fit:
     @property
     def fitting(self) -> dict[str, Tensor]:
         """Tensors in the shape of ours."""
-        pairs = ((key, _reshaped(t, self.own[key].shape)) for key, t in self.found.items() if key in self.own)
+        pairs = ((key, _reshaped(t, self.own[key])) for key, t in self.found.items() if key in self.own)
         return {key: t for key, t in pairs if t is not None}
 
     @property
@@ -189,6 +206,16 @@ class _Fit:
         wrong = (self.found.keys() & self.own.keys()) - self.fitting.keys()
         return bool(self.missing or self.unexpected or wrong - set(apart_from))
 
+    def other_channels(self) -> int | None:
+        """How many channels its images have, if that is all in which its network differs."""
+        wrong = (self.found.keys() & self.own.keys()) - self.fitting.keys()
+        if self.missing or self.unexpected or len(wrong) != 1:
+            return None
+        key = wrong.pop()
+        theirs, ours = self.found[key].shape, self.own[key].shape
+        stem = len(theirs) == len(ours) == 4 and ours[1] == self.in_chans != theirs[1]
+        return theirs[1] if stem and (theirs[0], theirs[2:]) == (ours[0], ours[2:]) else None
+
     def score(self) -> tuple[int, int, int]:
         """How well the layout explains the source."""
         common = self.found.keys() & self.own.keys()
@@ -198,13 +225,29 @@ class _Fit:
     def told(self) -> str:
         """What is wrong in a line, empty if nothing is."""
         wrong = sorted((self.found.keys() & self.own.keys()) - self.fitting.keys())
-        shapes = [f"{key} {tuple(self.found[key].shape)} for {tuple(self.own[key].shape)}" for key in wrong]
-        faults = {"missing": self.missing, "unexpected": sorted(self.unexpected), "of another shape": shapes}
+        kinds = [key for key in wrong if _other_kind(self.found[key], self.own[key])]
+        shapes = [key for key in wrong if key not in kinds]
+        faults = {
+            "missing": self.missing,
+            "unexpected": sorted(self.unexpected),
+            "of another shape": [
+                f"{key} {tuple(self.found[key].shape)} for {tuple(self.own[key].shape)}" for key in shapes
+            ],
+            "no floating point": [f"{key} {self.found[key].dtype}" for key in kinds],
+        }
         return "; ".join(f"{what}: {listed(keys)}" for what, keys in faults.items() if keys)
 
 
-def _reshaped(tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """The tensor in another shape, where the two differ by dimensions of size 1 or by flattened inputs of a filter."""
+def _other_kind(tensor: Tensor, own: Tensor) -> bool:
+    """Whether it has whole, complex or logical numbers for floating point ones."""
+    return own.is_floating_point() and not tensor.is_floating_point()
+
+
+def _reshaped(tensor: Tensor, own: Tensor) -> Tensor | None:
+    """The tensor in the shape of ours, where they differ by dimensions of size 1 or by flattened inputs of a filter."""
+    shape = own.shape
+    if _other_kind(tensor, own):
+        return None
     if tensor.shape == shape:
         return tensor
     same = [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]
@@ -214,7 +257,16 @@ def _reshaped(tensor: Tensor, shape: torch.Size) -> Tensor | None:
 
 def _recognized(model: Network, weights: Mapping[str, Tensor]) -> str:
     """The layout that shares the most with the network; of equals the first in the table."""
-    return max(LAYOUTS, key=lambda name: _Fit(model, weights, LAYOUTS[name]).score())
+    known = [name for name, layout in LAYOUTS.items() if layout.knows(model)]
+    return max(known, key=lambda name: _Fit(model, weights, LAYOUTS[name]).score())
+
+
+def _shared_prefix(weights: Mapping[str, Tensor], model: Network) -> str:
+    """Words that stand in front of all names, with their dots, as wrappers put them there; none of ours begins so."""
+    own = {key.partition(".")[0] for key in model.state_dict()}
+    columns = zip(*(name.split(".")[:-1] for name in weights), strict=False)
+    shared = itertools.takewhile(lambda words: len(set(words)) == 1 and words[0] not in own, columns)
+    return "".join(f"{words[0]}." for words in shared)
 
 
 def _count_batches(model: Network, weights: Mapping[str, Tensor]) -> None:
@@ -227,6 +279,10 @@ def _count_batches(model: Network, weights: Mapping[str, Tensor]) -> None:
 
 def _family(model: Network) -> str:
     return model_entry(model.default_cfg["architecture"]).family if hasattr(model, "default_cfg") else ""
+
+
+def _architecture(model: Network) -> str:
+    return model.default_cfg["architecture"] if hasattr(model, "default_cfg") else type(model).__name__
 
 
 _HEAD = re.compile(
@@ -300,37 +356,72 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     if kind not in _READERS:
         raise ValueError(f"{path} is of unknown kind {kind!r}; give one of {', '.join(_READERS)}")
     try:
-        read = _READERS[kind](path)
-    except pickle.UnpicklingError:
+        held = _held(path)
+        other = held not in (None, kind if kind in (".safetensors", ".npz") else ".pt")
+        read = {} if other else _READERS[kind](path)
+    except _HoldsObjectsError:
         raise _refused(path) from None
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from None
+    except PermissionError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # what reads a damaged file raises whatever it stumbles over
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is damaged or cut off, or no {kind} file: {type(error).__name__} {told[:150]}"
+        ) from None
+    if other:
+        raise ValueError(f"{path} holds what a {held} file holds; give its name that ending")
     if not isinstance(read, Mapping):
         raise ValueError(f"{path} holds a {type(read).__name__} and no named tensors")
     return read
 
 
-def _read_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError  # here, so that who uses the layers alone does not load it
-    from safetensors.torch import load_file
+class _HoldsObjectsError(Exception):
+    """A file holds what only running code brings back."""
 
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
+
+def _held(path: Path) -> str | None:
+    """The ending that a file should have by its content, None where that does not tell."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[5:] == b"\0\0\0{":  # a length of 8 bytes, and JSON
+        return ".safetensors"
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        endings = {name.rpartition("/")[2].rpartition(".")[2] for name in archive.namelist()}
+    return ".pt" if "pkl" in endings else ".npz" if "npy" in endings else None
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors.torch import load_file  # here, so that who uses the layers alone does not load it
+
+    return load_file(path)
 
 
 def _read_npz(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        start = file.read(2)
+        if start[:1] == pickle.PROTO:
+            raise _HoldsObjectsError
+        if start not in (b"PK", b"\x93N"):  # of which numpy says that they are pickled
+            raise ValueError("it does not begin as numpy's files do")
+        file.seek(0)
+        try:
             arrays = np.load(file, allow_pickle=False)
             return dict(arrays) if isinstance(arrays, Mapping) else arrays
-    except ValueError as error:  # numpy's word for objects, in the file or in one of its arrays
-        raise pickle.UnpicklingError from error
+        except ValueError as error:
+            if "Object arrays" in str(error):
+                raise _HoldsObjectsError from None
+            raise
 
 
 def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if re.search("GLOBAL|allowlisted|unrecognized function", str(error)):
+            raise _HoldsObjectsError from None
+        raise ValueError("it is no pickle that torch.save writes") from None
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
@@ -338,6 +429,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     ".npz": _read_npz,
     ".pt": _read_torch,
     ".pth": _read_torch,
+    ".ckpt": _read_torch,
     ".bin": _read_torch,
     ".tar": _read_torch,
 }
