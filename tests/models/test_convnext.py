@@ -221,7 +221,7 @@ def test_checkpointing_keeps_each_blocks_input() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0}, "width must be 1 or more, got 0"),
+        ({"width": 0}, "width must be a whole number of 1 or more, got 0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0 is not a probability from 0 to below 1"),
         ({"drop_rate": 1.0}, r"drop_rate must be in \[0, 1\), got 1"),
         ({"stem": "cifar"}, "unknown option of convnext_tiny 'stem'"),

@@ -237,7 +237,7 @@ def test_what_follows_a_level_leaves_its_map_alone(scheme: str) -> None:
     ("options", "message"),
     [
         ({"stem": "small"}, "stem must be 'imagenet' or 'cifar', got 'small'"),
-        ({"growth": 0}, "growth must be 1 or more, got 0"),
+        ({"growth": 0}, "growth must be a whole number of 1 or more, got 0"),
         ({"proj_drop_rate": 1.0}, r"proj_drop_rate must be in \[0, 1\), got 1"),
         ({"drop_rate": -0.1}, r"drop_rate must be in \[0, 1\), got -0.1"),
         ({"scheme": "gn"}, "with scheme 'gn': groups=32 does not divide"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import anybatch
 from anybatch.methods.residual import Join
 from anybatch.methods.stochastic_depth import StochasticDepth
 from anybatch.models import model_entry
+from anybatch.models.counts import counts
 from anybatch.models.network import FeaturePyramid, Network
 from helpers import assert_same_gradients, gradients
 
@@ -40,8 +43,18 @@ def test_intermediate_maps_are_those_of_the_levels() -> None:
     for got, i in zip(model.forward_intermediates(x, [-1, 1]), (4, 1), strict=True):
         torch.testing.assert_close(got, maps[i], rtol=0, atol=0)
     assert len(model.forward_intermediates(x, 2)) == 2
-    with pytest.raises(ValueError, match="there are 5 levels, numbered from 0 to 4; got 5"):
-        model.forward_intermediates(x, [5])
+
+
+@pytest.mark.parametrize("wrong", [[5], [-6], 9, 0, -1, [], ("a",), "a", True, [True], 2.0, [1.0]], ids=repr)
+def test_other_numbers_of_levels_are_refused(wrong: Any) -> None:
+    model, x = network().eval(), torch.randn(1, 3, 64, 64)
+    told = re.escape(f"last; got {wrong!r}")
+    with pytest.raises(
+        ValueError, match=f"there are 5 levels, numbered from 0 to 4; give the numbers of some.* {told}"
+    ):
+        model.forward_intermediates(x, wrong)
+    with pytest.raises(ValueError, match=told):
+        FeaturePyramid(model, wrong)
 
 
 def test_a_pyramid_gives_the_same_maps_and_has_no_head() -> None:
@@ -65,8 +78,12 @@ def test_the_classifier_can_be_exchanged() -> None:
     model.reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity)
     assert model(x).shape == (2, model.num_features)
+    model.reset_classifier(3, "avg")
+    assert model(x).shape == (2, 3)
     with pytest.raises(ValueError, match="num_classes must be 0 or more, got -1"):
         model.reset_classifier(-1)
+    with pytest.raises(ValueError, match="global_pool must be 'avg', as these networks pool, or None, got 'max'"):
+        model.reset_classifier(3, "max")
 
 
 def test_checkpointing_changes_memory_and_nothing_else() -> None:
@@ -103,7 +120,7 @@ def test_dropout_before_the_classifier_drops_in_training_alone() -> None:
 def test_rates_of_stochastic_depth_rise_from_block_to_block(name: str, scheme: str) -> None:
     with torch.device("meta"):
         model = anybatch.create_model(name, scheme, num_classes=4, drop_path_rate=0.4)
-        plain = anybatch.create_model(name, scheme, num_classes=4)
+        plain = anybatch.create_model(name, scheme, num_classes=4, drop_path_rate=0.0)
     found = [m.drop for m in model.modules() if isinstance(m, Join)]
     assert len(found) >= 6
     assert found[0] is None
@@ -152,6 +169,30 @@ def test_every_family_refuses_images_smaller_than_its_stride() -> None:
                     model(torch.zeros(1, 3, least - 1, 64))
             with pytest.raises(ValueError, match=r"takes \(N, 3, H, W\) .* got shape \(1, 4, 64, 64\)"):
                 model(torch.zeros(1, 4, 64, 64))
+
+
+SLOW = {name for name, told in counts().items() if told["parameters"] > 40e6}
+SLOW |= {"preact_resnet1001"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in anybatch.list_models()]
+)
+def test_a_step_of_every_network(name: str) -> None:
+    """At its full width, on one image of twice the least size, since a last map of 1 x 1 would leave a norm nothing."""
+    model: Any = anybatch.create_model(name, num_classes=3)
+    if isinstance(classifier := model.get_classifier(), nn.Linear):
+        nn.init.normal_(classifier.weight)  # those that start at 0 hand back no gradient
+    size = 2 * (model.min_size or model.levels[-1].reduction)
+    y = model.train()(torch.randn(2 if "bn" in model_entry(name).scheme else 1, 3, size, size))
+    assert y.shape[:2] == (len(y), 3)
+    y.square().sum().backward()
+    moved = 0
+    for key, p in model.named_parameters():
+        assert p.grad is None or p.grad.isfinite().all(), key
+        moved += p.grad is not None and bool(p.grad.any())
+    assert moved
+    assert next(model.parameters()).grad.any()  # the first convolution's weight, behind everything else
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 1, 64, 64), (3, 64, 64)], ids=str)

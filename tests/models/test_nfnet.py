@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,17 @@ from torch import Tensor
 
 import anybatch
 from anybatch.methods.normalizer_free import NormalizerFreeJoin
+from anybatch.methods.stochastic_depth import StochasticDepth
 from anybatch.models.blocks import Pieces
 from anybatch.models.counts import counts
 from anybatch.models.nfnet import BlockShape, NFBlock, SamePad, Shortcut
-from models.checks import assert_a_step_reaches_every_parameter, assert_survives_wrapping, randomized, undrawn
+from models.checks import (
+    assert_a_step_reaches_every_parameter,
+    assert_checkpointing_changes_memory_alone,
+    assert_survives_wrapping,
+    randomized,
+    undrawn,
+)
 
 TIMM = "released=True,eps_rule=add"
 
@@ -142,14 +151,71 @@ def test_signals_follow_the_bookkeeping_in_nf_resnet50() -> None:
 def test_a_step_at_batch_1_reaches_every_parameter(name: str) -> None:
     torch.manual_seed(0)
     scheme = {"nfnet_f0": "nf(act=gelu_tanh)", "nf_resnet26": "nf", "nf_regnet_b0": "nf(act=silu)"}[name]
-    model = anybatch.create_model(name, scheme, num_classes=3)
+    model: Any = anybatch.create_model(name, scheme, num_classes=3, drop_rate=0.0, drop_path_rate=0.0)
+    torch.nn.init.normal_(model.head.fc.weight)  # NF-RegNet's starts at 0
     assert_a_step_reaches_every_parameter(model, torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_exports_and_keeps_channels_last() -> None:
-    model = anybatch.create_model("nf_regnet_b0", "nf(act=silu)", num_classes=3)
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("nf_regnet_b0", "nf(act=silu)"),
+        ("nf_resnet26", "nf"),
+        pytest.param("nfnet_f0", "nf(act=gelu_tanh)", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_exports_and_keeps_channels_last(name: str, scheme: str) -> None:
+    model = randomized(anybatch.create_model(name, scheme, num_classes=3))
     assert_survives_wrapping(model, torch.randn(2, 3, 48, 48))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nf_regnet_b0",
+        pytest.param("nf_resnet26", marks=pytest.mark.slow),
+        pytest.param("nfnet_f0", marks=pytest.mark.slow),
+    ],
+)
+def test_exports_with_any_size(name: str) -> None:
+    model = randomized(anybatch.create_model(name, num_classes=3))
+    auto = torch.export.Dim.AUTO
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    for shape in ((1, 3, 77, 70), (3, 3, 48, 96)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("nf_regnet_b0", "nf(act=silu)"), ("nf_resnet26", "nf")])
+def test_checkpointing_changes_memory_alone(name: str, scheme: str) -> None:
+    model: Any = anybatch.create_model(name, scheme, num_classes=3, drop_path_rate=0.1)
+    torch.nn.init.normal_(model.head.fc.weight)
+    # Of four images some keep each branch.
+    assert_checkpointing_changes_memory_alone(model, torch.randn(4, 3, 64, 64), at_most=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "drop_rate", "drop_path_rate"),
+    [("nfnet_f0", 0.2, 0.25), ("nfnet_f7_plus", 0.5, 0.25), ("nf_regnet_b2", 0.3, 0.1), ("nf_resnet50", 0.0, 0.0)],
+)
+def test_rates_are_the_published_ones(name: str, drop_rate: float, drop_path_rate: float) -> None:
+    with torch.device("meta"):
+        model: Any = anybatch.create_model(name)
+    drops = [m for m in model.modules() if isinstance(m, StochasticDepth)]
+    assert model.drop.p == drop_rate
+    blocks = sum(isinstance(m, NFBlock) for m in model.modules())
+    assert [drop.p for drop in drops] == pytest.approx(
+        [drop_path_rate * i / blocks for i in range(1, blocks)][: len(drops)]
+    )
+    assert len(drops) == (blocks - 1 if drop_path_rate else 0)
+
+
+def test_classifiers_start_as_published() -> None:
+    regnet: Any = anybatch.create_model("nf_regnet_b0", num_classes=100)
+    resnet: Any = anybatch.create_model("nf_resnet26", num_classes=100)
+    assert not regnet.head.fc.weight.any()
+    assert resnet.head.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
 @pytest.mark.parametrize("scheme", ["bn", "ws+gn:auto", "evos0:auto"])
@@ -176,3 +242,17 @@ def test_features_of_the_levels() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="padding must be 'same' or 'symmetric', got 'smae'"):
         anybatch.create_model("nf_resnet26", padding="smae")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "wrong"),
+    [
+        *(("nf_regnet_b0", "round_to", value) for value in (0, -8)),
+        *(("nf_resnet26", "se_ratio", value) for value in (-0.5, 1.5, float("nan"), float("inf"))),
+        *((name, "pool_gain", v) for name in ("nf_resnet26", "nfnet_f0") for v in (0.0, -1.0, float("nan"))),
+        *(("convnext_tiny", "layer_scale", value) for value in (0.0, -1.0, float("inf"))),
+    ],
+)
+def test_options_that_make_no_network_are_refused(name: str, option: str, wrong: float) -> None:
+    with pytest.raises(ValueError, match=rf"{option}.*{wrong!r}"), torch.device("meta"):
+        anybatch.create_model(name, **{option: wrong})

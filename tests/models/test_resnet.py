@@ -253,7 +253,7 @@ def test_first_weights_are_hes_normal_and_follow_the_seed(scheme: str) -> None:
         ("resnet18", {"in_chans": 0}, "in_chans must be a whole number of 1 or more, got 0"),
         ("resnet18", {"num_classes": -1}, "num_classes must be a whole number of 0 or more, got -1"),
         ("resnet18", {"stem": "ImageNet"}, "stem must be 'imagenet', 'cifar' or 'bit', got 'ImageNet'"),
-        ("resnet18", {"width": 0}, "width must be 1 or more, got 0"),
+        ("resnet18", {"width": 0}, "width must be a whole number of 1 or more, got 0"),
         ("resnet18", {"scheme": "gm"}, "unknown part 'gm'"),
         ("resnet18", {"scheme": "ws"}, r"'ws' needs a norm after its convolutions; write ws\+gn"),
         (
@@ -273,5 +273,11 @@ def test_refusals(name: str, options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("block", [BasicBlock, PreActBasicBlock])
 @pytest.mark.parametrize("options", [{"groups": 2}, {"base_width": 128}], ids=str)
 def test_basic_blocks_take_no_groups(block: type, options: dict[str, int]) -> None:
+    with pytest.raises(
+        ValueError, match=r"of width=8 the 32 groups of base_width=4 keep no channel; take a width of 16"
+    ):
+        anybatch.create_model("resnext50_32x4d", "bn", width=8)
+    with pytest.raises(ValueError, match="width must be a whole number of 1 or more, got 0"):
+        anybatch.create_model("resnet18", width=0)
     with pytest.raises(ValueError, match="basic blocks take groups=1 and base_width=64; use a network of bottlenecks"):
         ResNet(anybatch.scheme("bn"), block, (1, 1), width=8, **options)

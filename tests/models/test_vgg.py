@@ -158,7 +158,7 @@ def test_checkpointing_keeps_a_map_for_each_level() -> None:
     ("options", "message"),
     [
         ({"stem": "small"}, "stem must be 'imagenet' or 'cifar', got 'small'"),
-        ({"width": 0}, "width must be 1 or more, got 0"),
+        ({"width": 0}, "width must be a whole number of 1 or more, got 0"),
         ({"drop_rate": 1.0}, r"drop_rate must be in \[0, 1\), got 1"),
         ({"depth": 3}, "unknown option of vgg11 'depth'"),
     ],

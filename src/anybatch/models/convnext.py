@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_count, check_positive
 from anybatch.schemes import scheme as parse_scheme
 
 
@@ -92,7 +92,7 @@ class ConvNeXt(Network):
         (N, in_chans, H, W) to (N, num_classes).
 
     Raises:
-        ValueError: If the width is below 1, or a rate not in [0, 1).
+        ValueError: If the width is below 1, ``layer_scale`` not above 0, or a rate not in [0, 1).
 
     Source:
         Liu et al. 2022, "A ConvNet for the 2020s", arXiv:2201.03545, sections 2 and 3, appendix A. First weights: a
@@ -117,8 +117,8 @@ class ConvNeXt(Network):
         head_norm_first: bool = False,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be 1 or more, got {width}")
+        check_count("width", width)
+        check_positive("layer_scale", layer_scale)
         pieces = Pieces(scheme, blocks=sum(depths), act=nn.GELU, drop_path_rate=drop_path_rate, full_rate_last=True)
         halving = None if downsampling is None else Pieces(downsampling)
         self.in_chans = in_chans

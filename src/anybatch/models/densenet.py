@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
-from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme
+from anybatch.models.registry import TORCHVISION, register_model
+from anybatch.scheme import Scheme, check_count
 
 
 class DenseLayer(nn.Module):
@@ -142,8 +142,7 @@ class DenseNet(Network):
         init: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
-        if growth < 1:
-            raise ValueError(f"growth must be 1 or more, got {growth}")
+        check_count("growth", growth)
         if not 0 <= proj_drop_rate < 1:
             raise ValueError(f"proj_drop_rate must be in [0, 1), got {proj_drop_rate}")
         pieces = Pieces(scheme, act=act)
@@ -234,7 +233,7 @@ def _densenet(
         scheme=scheme,
         size=32 if stem == "cifar" else 224,
         published=published,
-        source=source if published is None else f"{source}; top-1 of torchvision's IMAGENET1K_V1 weights, with bn",
+        source=source if published is None else f"{source}; {TORCHVISION}",
     )
 
 

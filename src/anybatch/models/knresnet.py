@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anybatch.models.blocks import Pieces, named_act, torch_init
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_count
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom, as in torch.nn.ZeroPad2d
 
@@ -268,6 +268,7 @@ class KNSegmentation(_KNNet):
     """
 
     pool = ()
+    dense = True
 
     def __init__(
         self,
@@ -298,6 +299,12 @@ class KNSegmentation(_KNNet):
         """The map of logits of a map that `forward_features` gave, or what the classifier takes."""
         x = self.drop(x)
         return x if pre_logits else self.get_classifier()(x)
+
+
+def _factor(width: int) -> float:
+    """Of the published widths, of which the first is 64."""
+    check_count("width", width)
+    return width / 64
 
 
 def _scaled(stages: Sequence[Stage], factor: float) -> list[Stage]:
@@ -350,11 +357,9 @@ def _knresnet(depth: int, ratio: float, published: float) -> None:
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> Network:
-        if width < 1:
-            raise ValueError(f"width must be 1 or more, got {width}")
         if mac_matched and width != 64:
             raise ValueError(f"mac_matched=True chooses the width, which was given too, as {width}")
-        factor = MATCHED[depth] if mac_matched else width / 64
+        factor = MATCHED[depth] if mac_matched else _factor(width)
         stages, tail = _scaled(STAGES[depth], factor), None if depth == 50 else _times(512, factor)
         if stem == "cifar" and tail is not None:
             stages[-1] = replace(stages[-1], pads=(1, 0, 1, 0))
@@ -410,11 +415,9 @@ def _segmentation(depth: int, depths: Sequence[int], inner: Sequence[int], miou:
         act: str = "relu",
         drop_rate: float = 0.0,
     ) -> Network:
-        if width < 1:
-            raise ValueError(f"width must be 1 or more, got {width}")
         return KNSegmentation(
             scheme,
-            _scaled(stages, width / 64),
+            _scaled(stages, _factor(width)),
             num_classes=num_classes,
             in_chans=in_chans,
             last=depth == 50,
@@ -451,12 +454,10 @@ def knresnet13(
     drop_rate: float = 0.0,
 ) -> Network:
     """KNResNet-13 for training with differential privacy on CIFAR-10, there with act=mish."""
-    if width < 1:
-        raise ValueError(f"width must be 1 or more, got {width}")
     stages = [Stage(channels, channels, 1, (3, 3), kernel_size=3, pads=(1, 1, 1, 1)) for channels in (64, 64, 128, 256)]
     return KNResNet(
         scheme,
-        _scaled(stages, width / 64),
+        _scaled(stages, _factor(width)),
         num_classes=num_classes,
         in_chans=in_chans,
         stem="cifar",

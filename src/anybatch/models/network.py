@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,18 @@ class Level:
     """The submodules that lead to it from the level before, in order."""
     channels: int
     reduction: int
-    """Input pixels along a side for each of the map's."""
+    """Input pixels from one position of the map to the next, along a side.
+
+    A map has the input's size over it, rounded up or down, but for what padding and kernels of even size add: the last
+    one of KNResNet-18 and 34 has 8 positions at 224 pixels and a reduction of 32.
+    """
 
 
 class Network(nn.Module):
     """A chain of submodules: levels, each ending in a map; a tail behind the last; pooling; a classifier.
 
-    Families set the attributes below and the submodules they name, and inherit the rest. The names of methods and their
-    arguments are timm's.
+    Families set the attributes below and the submodules they name, and inherit the rest. The methods are called as
+    timm's; of their arguments those are there that say something here.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes); without classes, to (N, num_features).
@@ -48,6 +52,8 @@ class Network(nn.Module):
     ``std``, ``interpolation``, ``crop_pct``), with timm's keys; `anybatch.models.transforms` brings images to it."""
     min_size: int | None = None
     """Least side of an image, where it is more than the last level's reduction."""
+    dense = False
+    """Whether it gives a map of logits, and so does not tell images apart."""
     grad_checkpointing = False
     checkpointed: ClassVar[tuple[type[nn.Module], ...]] = ()
     """Kinds of submodules that gradient checkpointing takes as a whole, beside the parts of an `nn.Sequential`."""
@@ -117,10 +123,15 @@ class Network(nn.Module):
         """The last layer: linear, or the identity."""
         return self.get_submodule(self.classifier_name)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer for so many classes; 0 for none, which gives what it takes."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new last layer for so many classes; 0 for none, which gives what it takes.
+
+        Pooling stays what it is: ``global_pool`` is there for callers of timm's, and is None or ``"avg"``.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool must be 'avg', as these networks pool, or None, got {global_pool!r}")
         like = next(self.parameters())
         made = self._new_classifier(self.num_features, num_classes)
         _replace(self, self.classifier_name, made.to(like.device, like.dtype))
@@ -152,13 +163,23 @@ class Network(nn.Module):
         hub.save_pretrained(self, folder)
 
     @staticmethod
-    def from_pretrained(source: str | Path, *, revision: str | None = None) -> Network:
+    def from_pretrained(
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Network:
         """The network that `save_pretrained` or `push_to_hub` wrote, in evaluation mode on the CPU; no code is run.
 
         Args:
             source: A folder, or ``"someone/something"``, a repository on the Hugging Face Hub, for which
                 huggingface_hub must be installed.
             revision: Of the repository: a branch, tag or commit.
+            token: Of the account; None for the one that is logged in.
+            cache_dir: Where downloads are kept; None for huggingface_hub's own place.
+            local_files_only: Take what is kept there and ask no network.
 
         Raises:
             ValueError: If there is no such folder, or a file is missing, damaged or another library's.
@@ -166,7 +187,9 @@ class Network(nn.Module):
         """
         from anybatch.models import hub
 
-        return hub.from_pretrained(source, revision)
+        return hub.from_pretrained(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
 
     def push_to_hub(
         self,
@@ -222,6 +245,10 @@ class FeaturePyramid(nn.Module):
         known = self.network.feature_info
         return [known[i] for i in self.out_indices]
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the network's."""
+        self.network.set_grad_checkpointing(enable)
+
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.network.forward_intermediates(x, self.out_indices)
 
@@ -234,10 +261,17 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _numbers(indices: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """Numbers of levels, from the front; negative ones count from the last."""
     if indices is None:
-        indices = range(count)
-    elif isinstance(indices, int):
-        indices = range(count - indices, count)
-    for i in indices:
-        if not -count <= i < count:
-            raise ValueError(f"there are {count} levels, numbered from 0 to {count - 1}; got {i}")
-    return tuple(i % count for i in indices)
+        return tuple(range(count))
+    if _is_whole(indices, 1, count):
+        return tuple(range(count - indices, count))
+    wanted = tuple(indices) if isinstance(indices, Iterable) else ()
+    if not wanted or not all(_is_whole(i, -count, count - 1) for i in wanted):
+        raise ValueError(
+            f"there are {count} levels, numbered from 0 to {count - 1}; give the numbers of some, or how many of the "
+            f"last; got {indices!r}"
+        )
+    return tuple(i % count for i in wanted)
+
+
+def _is_whole(value: object, least: int, most: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

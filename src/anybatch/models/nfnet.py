@@ -18,13 +18,16 @@ from anybatch.methods.squeeze_excite import SqueezeExcite
 from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_count, check_number, check_positive
 
 Padding = Literal["same", "symmetric"]
 
 
 class SamePad(nn.Module):
-    """What TensorFlow's SAME puts around a map: ``ceil(size / stride)`` positions come out; more of it is behind."""
+    """What TensorFlow's SAME puts around a map: ``ceil(size / stride)`` positions come out; more of it is behind.
+
+    For kernels that leave no position out: of ``stride`` positions or more.
+    """
 
     def __init__(self, kernel_size: int, stride: int, value: float = 0.0) -> None:
         super().__init__()
@@ -32,10 +35,10 @@ class SamePad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pads: list[int] = []
-        for size in reversed(x.shape[2:]):
-            total = max((-(-size // self.stride) - 1) * self.stride + self.kernel_size - size, 0)
+        for size in reversed(x.shape[2:]):  # without a branch on it, so that it may be exported as a variable
+            total = (-(-size // self.stride) - 1) * self.stride + self.kernel_size - size
             pads += [total // 2, total - total // 2]
-        return F.pad(x, pads, value=self.value) if any(pads) else x
+        return F.pad(x, pads, value=self.value)
 
     def extra_repr(self) -> str:
         return f"{self.kernel_size}, stride={self.stride}, value={self.value}"
@@ -100,6 +103,13 @@ class BlockShape:
     padding: Padding = "same"
     round_to: int = 1
     """Widths are rounded to multiples of it, as timm's are to 8."""
+
+    def __post_init__(self) -> None:
+        if self.padding not in ("same", "symmetric"):
+            raise ValueError(f"padding must be 'same' or 'symmetric', got {self.padding!r}")
+        check_number("se_ratio", self.squeeze_ratio, at_most=1)
+        check_positive("pool_gain", self.pool_gain)
+        check_count("round_to", self.round_to)
 
     def squeeze_excite(self, where: str, channels: int) -> nn.Module:
         if self.squeeze != where:
@@ -217,6 +227,10 @@ class NormalizerFreeNet(Network):
         in_chans: Channels of the input.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Of stochastic depth; see `anybatch.models.blocks.Pieces`.
+        zero_classifier: Whether the classifier's weight starts at 0, as in NF-RegNets.
+
+    Raises:
+        ValueError: If a rate is not in [0, 1).
 
     Source:
         Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization", arXiv:2102.06171,
@@ -243,10 +257,9 @@ class NormalizerFreeNet(Network):
         in_chans: int = 3,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        zero_classifier: bool = False,
     ) -> None:
         super().__init__()
-        if shape.padding not in ("same", "symmetric"):
-            raise ValueError(f"padding must be 'same' or 'symmetric', got {shape.padding!r}")
         self.in_chans = in_chans
         pieces = Pieces(scheme, blocks=sum(depths), drop_path_rate=drop_path_rate)
         if stem == "deep":
@@ -275,6 +288,8 @@ class NormalizerFreeNet(Network):
         self.head = Head()
         self._add_classifier(channels, num_classes, drop_rate)
         pieces.init(self)
+        if zero_classifier and isinstance(self.head.fc, nn.Linear):
+            nn.init.zeros_(self.head.fc.weight)
 
 
 NFNET = BlockShape(group_width=128, second=True, squeeze="last")
@@ -284,18 +299,20 @@ GELU_NF = "nf(act=gelu_tanh,skip_gain=0,released=True)"
 
 
 def _nfnet(name: str, doc: str, level: int, *, wide: bool, top1: float | None) -> None:
+    """Register a network, with the rates of dropout and of stochastic depth at which it was trained on ImageNet."""
     widths = (384, 768, 2048, 2048) if wide else (256, 512, 1536, 1536)
     depths = tuple((level + 1) * depth for depth in (1, 2, 6, 3))
     train = (192, 224, 256, 320, 384, 416, 448, 480)[level]
     test = (256, 320, 352, 416, 512, 544, 576, 608)[level]
+    drop_rate = (0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5)[level]
 
     def build(
         scheme: Scheme,
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_rate: float = drop_rate,
+        drop_path_rate: float = 0.25,
         padding: Padding = "same",
         pool_gain: float = 1.0,
     ) -> Network:
@@ -317,10 +334,12 @@ def _nfnet(name: str, doc: str, level: int, *, wide: bool, top1: float | None) -
 
     build.__name__, build.__doc__ = name, doc
     source = "arXiv:2102.06171, tables 1 and 3" if top1 else "arXiv:2102.06171"
+    if level == 6 and top1:
+        source += "; top-1 with sharpness-aware minimization"
     register_model(build, family="NFNet", scheme=GELU_NF, size=test, train_size=train, published=top1, source=source)
 
 
-for _level, _top1 in enumerate((83.6, 84.7, 85.1, 85.7, 85.9, 86.0, None, None)):
+for _level, _top1 in enumerate((83.6, 84.7, 85.1, 85.7, 85.9, 86.0, 86.5, None)):
     _nfnet(f"nfnet_f{_level}", f"NFNet-F{_level}.", _level, wide=False, top1=_top1)
     _nfnet(f"nfnet_f{_level}_plus", f"NFNet-F{_level}+, wider.", _level, wide=True, top1=None)
 
@@ -335,9 +354,10 @@ def _nf_resnet(depth: int, depths: Sequence[int]) -> None:
         drop_path_rate: float = 0.0,
         padding: Padding = "same",
         pooled: bool = False,
+        pool_gain: float = 1.0,
         se_ratio: float = 0.0,
     ) -> Network:
-        shape = replace(NF_RESNET, padding=padding, pooled=pooled, squeeze="last" if se_ratio else "none")
+        squeeze = "last" if se_ratio else "none"
         return NormalizerFreeNet(
             scheme,
             stem="7x7",
@@ -346,7 +366,14 @@ def _nf_resnet(depth: int, depths: Sequence[int]) -> None:
             depths=depths,
             strides=(1, 2, 2, 2),
             ratio=0.25,
-            shape=replace(shape, squeeze_ratio=se_ratio),
+            shape=replace(
+                NF_RESNET,
+                padding=padding,
+                pooled=pooled,
+                pool_gain=pool_gain,
+                squeeze=squeeze,
+                squeeze_ratio=se_ratio,
+            ),
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
@@ -370,17 +397,21 @@ for _depth, _depths in {
 
 
 def _nf_regnet(level: int, widths: Sequence[int], depths: Sequence[int], train: int, test: int) -> None:
+    """Register a network, with the rates of dropout and of stochastic depth of DeepMind's release."""
+    drop_rate = (0.2, 0.2, 0.3, 0.3, 0.4, 0.4)[level]
+
     def build(
         scheme: Scheme,
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_rate: float = drop_rate,
+        drop_path_rate: float = 0.1,
         padding: Padding = "same",
         pool_gain: float = 1.0,
         round_to: int = 1,
     ) -> Network:
+        shape = replace(NF_REGNET, padding=padding, pool_gain=pool_gain, round_to=round_to)
         scaled = [_rounded(0.75 * width, round_to) for width in widths]
         final = 1280 * scaled[-1] // 440 if round_to == 1 else _rounded(0.75 * (1280 * widths[-1] // 440), round_to)
         return NormalizerFreeNet(
@@ -391,13 +422,14 @@ def _nf_regnet(level: int, widths: Sequence[int], depths: Sequence[int], train: 
             depths=depths,
             strides=(2, 2, 2, 2),
             ratio=2.25,
-            shape=replace(NF_REGNET, padding=padding, pool_gain=pool_gain, round_to=round_to),
+            shape=shape,
             expand=True,
             final_channels=final,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
+            zero_classifier=True,
         )
 
     build.__name__, build.__doc__ = f"nf_regnet_b{level}", f"NF-RegNet-B{level}."

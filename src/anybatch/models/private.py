@@ -15,7 +15,7 @@ from anybatch.models.densenet import DenseNet
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
 from anybatch.models.resnet import PreActBasicBlock, ResNet
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_count
 
 FAMILY = "KN (private training)"
 SOURCE = "arXiv:2210.00053 and its released code"
@@ -73,8 +73,7 @@ class ResNet8(Network):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be 1 or more, got {width}")
+        check_count("width", width)
         self.in_chans = in_chans
         pieces = Pieces(scheme, blocks=2, act=act)
         widths = (in_chans, width, 2 * width, 4 * width)

@@ -20,6 +20,8 @@ from anybatch.suggest import unknown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Builder = Callable[..., nn.Module]
+TORCHVISION = "top-1 of torchvision's IMAGENET1K_V1 weights, with bn"
+"""Stands behind a source, where the accuracy is that of these weights."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,21 @@ def create_model(
     >>> create_model("resnet20", scheme="gn:auto", num_classes=10)(__import__("torch").zeros(1, 3, 32, 32)).shape
     torch.Size([1, 10])
     """
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices={out_indices!r} goes with features_only=True")
+    model = create_network(name, scheme, options, num_classes=num_classes, in_chans=in_chans)
+    return FeaturePyramid(model, out_indices) if features_only else model
+
+
+def create_network(
+    name: str,
+    scheme: str | Scheme | Mapping[str, Any] | tuple[str, Mapping[str, Any]] | None,
+    options: Mapping[str, Any],
+    *,
+    num_classes: int,
+    in_chans: int,
+) -> Network:
+    """What `create_model` builds, of options that were written down: none but the network's own may stand there."""
     entry = _find(name)
     known = model_options(name)
     for option in options:
@@ -147,8 +164,6 @@ def create_model(
     for argument, got, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
         if isinstance(got, bool) or not isinstance(got, Integral) or got < least:
             raise ValueError(f"{argument} must be a whole number of {least} or more, got {got!r}")
-    if out_indices is not None and not features_only:
-        raise ValueError(f"out_indices={out_indices!r} goes with features_only=True")
     made = parse_scheme(entry.scheme if scheme is None else scheme)
     try:
         model = entry.build(made, num_classes=num_classes, in_chans=in_chans, **options)
@@ -162,7 +177,7 @@ def create_model(
     model.default_cfg = {
         "architecture": name,
         "scheme": made.name,
-        "options": options,
+        "options": dict(options),
         "input_size": (in_chans, entry.size, entry.size),
         "mean": mean,
         "std": std,
@@ -171,4 +186,4 @@ def create_model(
         "classifier": model.classifier_name,
         "num_classes": num_classes,
     }
-    return FeaturePyramid(model, out_indices) if features_only else model
+    return model

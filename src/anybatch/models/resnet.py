@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
-from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme
+from anybatch.models.registry import TORCHVISION, register_model
+from anybatch.scheme import Scheme, check_count
 
 
 class _Block(nn.Module):
@@ -38,6 +38,11 @@ class _Block(nn.Module):
         if self.expansion == 1 and (groups != 1 or base_width != 64):
             raise ValueError("basic blocks take groups=1 and base_width=64; use a network of bottlenecks")
         width, out_channels = channels * base_width // 64 * groups, channels * self.expansion
+        if width < 1:
+            raise ValueError(
+                f"of width={channels} the {groups} groups of base_width={base_width} keep no channel; "
+                f"take a width of {-(-64 // base_width)} or more"
+            )
         transition = stride != 1 or in_channels != out_channels
         self.join = pieces.join(transition=transition)
         self._add_branch(pieces, in_channels, width, out_channels, stride, groups)
@@ -171,7 +176,8 @@ class ResNet(Network):
         (N, in_chans, H, W) to (N, num_classes).
 
     Raises:
-        ValueError: If the stem is unknown, or a basic block is asked for groups.
+        ValueError: If the stem is unknown, a basic block is asked for groups, or the width leaves a convolution no
+            channels.
 
     Source:
         He et al. 2015, arXiv:1512.03385; pre-activation: He et al. 2016, arXiv:1603.05027; groups: Xie et al. 2016,
@@ -199,8 +205,7 @@ class ResNet(Network):
         init: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be 1 or more, got {width}")
+        check_count("width", width)
         pieces = Pieces(
             scheme,
             blocks=sum(depths),
@@ -241,9 +246,6 @@ class ResNet(Network):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self._add_classifier(channels, num_classes, drop_rate)
         pieces.init(self, init)
-
-
-TORCHVISION = "torchvision's IMAGENET1K_V1 weights, with bn"
 
 
 def _resnet(
@@ -292,7 +294,7 @@ def _resnet(
 
     build.__name__, build.__doc__ = name, doc
     small = stem == "cifar"
-    told = source if published is None else f"{source}; top-1 of {TORCHVISION}"
+    told = source if published is None else f"{source}; {TORCHVISION}"
     register_model(
         build,
         family=family,

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from anybatch.models.blocks import Pieces
 from anybatch.models.network import Level, Network
-from anybatch.models.registry import register_model
-from anybatch.scheme import Scheme
+from anybatch.models.registry import TORCHVISION, register_model
+from anybatch.scheme import Scheme, check_count
 
 
 class VGG(Network):
@@ -57,8 +57,7 @@ class VGG(Network):
         drop_rate: float = 0.5,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be 1 or more, got {width}")
+        check_count("width", width)
         pieces = Pieces(scheme)
         self.in_chans = in_chans
         self.features = nn.Sequential()
@@ -107,7 +106,6 @@ class VGG(Network):
         return super()._run(names, x)
 
 
-TORCHVISION = "arXiv:1409.1556; top-1 of torchvision's IMAGENET1K_V1 weights, with bn"
 KERNEL_NORMALIZED = "ours, of arXiv:1409.1556 and arXiv:2205.10089"
 
 
@@ -139,6 +137,6 @@ for _letter, _depths, _top1 in (
 ):
     _layers = sum(_depths) + 3
     _doc = f"VGG of {_layers} layers, the paper's configuration {_letter}"
-    _vgg(f"vgg{_layers}", f"{_doc}.", _depths, _top1, "bn", TORCHVISION)
+    _vgg(f"vgg{_layers}", f"{_doc}.", _depths, _top1, "bn", f"arXiv:1409.1556; {TORCHVISION}")
     _doc += ", kernel-normalized: our reading of KNVGG, whose own layers could not be had."
     _vgg(f"knvgg{_layers}", _doc, _depths, None, "kn(eps=1e-5)", KERNEL_NORMALIZED)
