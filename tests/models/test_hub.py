@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,8 +96,12 @@ def test_folders_that_hold_no_network_are_refused(tmp_path: Path) -> None:
     network().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     told = json.loads(config.read_text())
-    for broken in ("{", "[]", "{}", json.dumps({**told, "options": {"features_only": True}})):
-        config.write_text(broken)
+    broken = [{"options": {"features_only": True}}, {"options": {"num_classes": 3}}, {"dtype": "int8"}]
+    broken += [{"mean": None}, {"mean": []}, {"std": [0, 1, 1]}, {"input_size": []}, {"input_size": [3, 32, 0]}]
+    broken += [{"crop_pct": None}, {"crop_pct": float("nan")}, {"crop_pct": True}, {"interpolation": "cubic"}]
+    deep = "[" * 100_000
+    for text in ("{", "[]", "{}", deep, *(json.dumps({**told, **change}) for change in broken)):
+        config.write_text(text)
         with pytest.raises(ValueError, match=r"config\.json is damaged or another library's"):
             Network.from_pretrained(tmp_path)
     config.write_text(json.dumps({**told, "architecture": "resnet7"}))
@@ -109,6 +115,37 @@ def test_folders_that_hold_no_network_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match="safetensors"):
         Network.from_pretrained(tmp_path)
+
+
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = network()
+    model.default_cfg["mean"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"default_cfg\['mean'\] must be finite numbers, got tensor"):
+        model.save_pretrained(tmp_path / "a")
+    mixed = network().half()
+    mixed.get_classifier().float()
+    with pytest.raises(ValueError, match=r"tensors are float16 and float32; bring it to one dtype"):
+        mixed.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    network().to(dtype).save_pretrained(tmp_path)
+    assert {p.dtype for p in Network.from_pretrained(tmp_path).parameters()} == {dtype}
+
+
+def test_others_may_read_what_is_written_where_they_may_read_any_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        network().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    weights = tmp_path / "model.safetensors"
+    assert stat.S_IMODE(weights.stat().st_mode) == 0o640
+    weights.chmod(0o604)  # a file that is replaced keeps what it allowed
+    network().save_pretrained(tmp_path)
+    assert stat.S_IMODE(weights.stat().st_mode) == 0o604
 
 
 def test_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +162,9 @@ def test_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 (tmp_path / file.name).write_bytes(file.read_bytes())
             return f"https://hub/{repo_id}/{commit_message}"
 
-    def download(repo_id: str, filename: str, *, revision: str | None) -> str:
-        assert (repo_id, revision) == ("someone/net", "v1")
+    def download(repo_id: str, filename: str, **asked: object) -> str:
+        assert repo_id == "someone/net"
+        assert asked == {"revision": "v1", "token": "secret", "cache_dir": "here", "local_files_only": True}
         return str(tmp_path / filename)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -134,7 +172,9 @@ def test_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     address = model.push_to_hub("net", private=True, commit_message="first", token="secret")
     assert address == "https://hub/someone/net/first"
-    again = Network.from_pretrained("someone/net", revision="v1")
+    again = Network.from_pretrained(
+        "someone/net", revision="v1", token="secret", cache_dir="here", local_files_only=True
+    )
     torch.testing.assert_close(again(X), model(X), rtol=0, atol=0)
 
 

@@ -40,6 +40,12 @@ def test_registering_again_changes_nothing() -> None:
     assert before == _registry._model_entrypoints
 
 
+def test_everything_may_be_imported_from_the_module() -> None:
+    names: dict[str, object] = {}
+    exec("from anybatch.models.timm_registry import *", names)
+    assert names.keys() > {"register_timm", "resnet50_wsgn"}
+
+
 def test_timm_builds_our_networks() -> None:
     model = timm.create_model("knresnet18", num_classes=10)
     assert isinstance(model, Network)
@@ -72,6 +78,8 @@ def test_features_only_gives_timms_description() -> None:
     assert model.feature_info.channels() == [128, 512]  # pyright: ignore
     assert model.feature_info.reduction() == [4, 16]  # pyright: ignore
     assert [y.shape[1:] for y in model(torch.zeros(1, 3, 64, 64))] == [(128, 16, 16), (512, 4, 4)]
+    model.set_grad_checkpointing()
+    assert model.network.grad_checkpointing
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,9 @@
-"""Networks in folders and on the Hugging Face Hub: ``model.safetensors`` with plain weights, and ``config.json``."""
+"""Networks in folders and on the Hugging Face Hub: ``model.safetensors`` with plain weights, and ``config.json``.
+
+`Network` has the methods of huggingface_hub's ``PyTorchModelHubMixin`` and does not derive from it. The mixin keeps the
+arguments of ``__init__``, which here are Python objects, a scheme and block classes, where a network is built again
+from its name, its scheme's name and its options; and with it folders would need huggingface_hub too.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,12 @@ import torch
 
 from anybatch.files import save_tensors, write_file
 from anybatch.models.network import Network
-from anybatch.models.registry import create_model
+from anybatch.models.preprocessing import IMAGES, check_images
+from anybatch.models.registry import create_network
 from anybatch.models.weights import load_weights
 
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
 def save_pretrained(model: Network, folder: str | Path) -> None:
@@ -23,6 +29,10 @@ def save_pretrained(model: Network, folder: str | Path) -> None:
     if not hasattr(model, "default_cfg"):
         raise ValueError("only networks of create_model can be saved with what it takes to build them again")
     cfg = model.default_cfg
+    check_images(cfg)
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in model.state_dict().values() if t.is_floating_point()}
+    if len(dtypes) > 1:
+        raise ValueError(f"the network's tensors are {' and '.join(sorted(dtypes))}; bring it to one dtype with to()")
     config = {
         "library_name": "anybatch",
         "architecture": cfg["architecture"],
@@ -30,7 +40,8 @@ def save_pretrained(model: Network, folder: str | Path) -> None:
         "options": cfg["options"],
         "num_classes": int(model.num_classes),
         "in_chans": int(model.in_chans),
-        **{key: cfg[key] for key in _IMAGES},
+        "dtype": dtypes.pop(),
+        **{key: cfg[key] for key in IMAGES},
     }
     # A scheme made of Python objects may do what its name does not tell, and layers may have been exchanged.
     try:
@@ -43,20 +54,21 @@ def save_pretrained(model: Network, folder: str | Path) -> None:
             f"the network is not what create_model({cfg['architecture']!r}, {cfg['scheme']!r}) builds: its scheme was "
             f"not given as a text, or layers were exchanged; save its state_dict() instead"
         )
+    text = json.dumps(config, indent=1) + "\n"
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
     save_tensors(model.state_dict(), where / WEIGHTS, {"format": "pt"})
-    write_file(where / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    write_file(where / CONFIG, text.encode())
 
 
-def from_pretrained(source: str | Path, revision: str | None = None) -> Network:
+def from_pretrained(source: str | Path, **download: Any) -> Network:
     """See `Network.from_pretrained`."""
     folder = Path(source)
     if folder.is_dir():
         paths = {name: folder / name for name in (CONFIG, WEIGHTS)}
     elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        download = _hub().hf_hub_download
-        paths = {name: Path(download(str(source), name, revision=revision)) for name in (CONFIG, WEIGHTS)}
+        fetch = _hub().hf_hub_download
+        paths = {name: Path(fetch(str(source), name, **download)) for name in (CONFIG, WEIGHTS)}
     else:
         raise ValueError(f"{source} is neither a folder nor the name of a repository, as in 'someone/something'")
     for path in paths.values():
@@ -65,11 +77,14 @@ def from_pretrained(source: str | Path, revision: str | None = None) -> Network:
     try:
         config = json.loads(paths[CONFIG].read_text(encoding="utf-8"))
         model = _build(config)
-        told = {key: config[key] for key in _IMAGES}
+        told = {key: config[key] for key in IMAGES}
         model.default_cfg.update({key: tuple(v) if isinstance(v, list) else v for key, v in told.items()})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{paths[CONFIG]} is damaged or another library's: {error!r}") from None
-    load_weights(model, paths[WEIGHTS], layout="anybatch")
+        check_images(model.default_cfg)
+        dtype = _DTYPES[config.get("dtype", "float32")]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        told = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{paths[CONFIG]} is damaged or another library's: {told}") from None
+    load_weights(model.to(dtype), paths[WEIGHTS], layout="anybatch")
     return model.eval()
 
 
@@ -83,16 +98,13 @@ def push_to_hub(model: Network, repo_id: str, *, private: bool | None, message: 
 
 
 def _build(config: dict[str, Any]) -> Network:
-    model = create_model(
+    return create_network(
         config["architecture"],
         config["scheme"],
+        config["options"],
         num_classes=config["num_classes"],
         in_chans=config["in_chans"],
-        **config["options"],
     )
-    if not isinstance(model, Network):
-        raise TypeError(f"options {config['options']} make no Network")
-    return model
 
 
 def _hub() -> Any:

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from anybatch.models.network import Network
+
+IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct")
+"""The entries of a ``default_cfg`` that say what images a network is for."""
+
+
+def check_images(cfg: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for the first entry of `IMAGES` that no image can be brought to."""
+    size, crop_pct, interpolation = cfg["input_size"], cfg["crop_pct"], cfg["interpolation"]
+    wrong = {
+        "input_size": "three whole numbers above 0" if not _are(size, int, 3, least=1) else "",
+        "mean": "finite numbers" if not _are(cfg["mean"], (int, float)) else "",
+        "std": "finite numbers above 0" if not _are(cfg["std"], (int, float), least=1e-12) else "",
+        "interpolation": f"one of {', '.join(_MODES)}" if interpolation not in _MODES else "",
+        "crop_pct": "a number above 0" if not _are((crop_pct,), (int, float), least=1e-12) else "",
+    }
+    for name, wanted in wrong.items():
+        if wanted:
+            raise ValueError(f"default_cfg[{name!r}] must be {wanted}, got {cfg[name]!r}")
+
+
+_MODES = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+def _are(values: Any, kind: Any, count: int | None = None, *, least: float = -math.inf) -> bool:
+    """Whether it is a list of so many finite numbers, none below ``least``."""
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == (count or max(len(values), 1))
+        and all(isinstance(v, kind) and not isinstance(v, bool) and least <= v and math.isfinite(v) for v in values)
+    )
 
 
 def transforms(model: Network) -> Any:
@@ -24,8 +56,8 @@ def transforms(model: Network) -> Any:
 
     Raises:
         TypeError: If the model is no `Network`.
-        ValueError: If ``mean`` and ``std`` are not one for each channel, as in networks of other than 1 or 3 channels
-            unless set.
+        ValueError: If an entry is no such thing, as `check_images` tells; if ``mean`` and ``std`` are not one for each
+            channel, as in networks of other than 1 or 3 channels unless set.
 
     >>> from anybatch.models import create_model
     >>> transforms(create_model("resnet8"))(__import__("torch").zeros(3, 40, 50)).shape
@@ -37,6 +69,7 @@ def transforms(model: Network) -> Any:
     if not isinstance(model, Network):
         raise TypeError(f"model must be a network of create_model, got {type(model).__name__}")
     cfg, chans = model.default_cfg, model.in_chans
+    check_images(cfg)
     for name in ("mean", "std"):
         if len(cfg[name]) != chans:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch import nn
 from anybatch.models.network import FeaturePyramid, Network
 from anybatch.models.registry import create_model, list_models, model_entry
 
+__all__ = ["register_timm"]
 _ENTERED: dict[str, str] = {}
 
 
@@ -38,7 +39,8 @@ def register_timm() -> dict[str, str]:
             continue
         parts = "".join(re.findall(r"\w+", re.sub(r"\(.*?\)|:\w+|/\d+", "", model_entry(name).scheme)))
         told = next(told for told in (name, f"{name}_{parts}", f"{name}_anybatch") if not is_model(told))
-        register_model(_entrypoint(told, name))
+        # timm adds the name to what this module exports, so that it must be there.
+        globals()[told] = register_model(_entrypoint(told, name))
         _ENTERED[told] = name
     return dict(_ENTERED)
 
