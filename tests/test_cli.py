@@ -8,7 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import anybatch
+import anybatch.models
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,42 @@ def test_train_on_a_folder_with_a_recipe_file(call, arrays, tmp_path):
     assert Path("run/metrics.csv").read_text().startswith("epoch,")
 
 
+@pytest.mark.parametrize(
+    ("words", "scheme"),
+    [
+        (["--model", "resnet8_kn"], "kn(p=0.1,eps=1e-5)"),
+        (["--set", "model.name=resnet8_kn"], "kn(p=0.1,eps=1e-5)"),
+        (["digits-quick", "--model", "resnet8_kn"], "kn(p=0.1,eps=1e-5)"),
+        (["r.yaml"], "kn(p=0.1,eps=1e-5)"),
+        (["--model", "resnet8_kn", "--scheme", "gn:4"], "gn(groups=4)"),
+        (["--model", "resnet8_kn", "--set", "model.scheme=gn:4"], "gn:4"),
+        (["gn.yaml", "--model", "resnet8_kn"], "gn:4"),
+        (["kn-cifar100-quick", "--model", "resnet8_kn"], "kn(eps=1e-5)"),
+        (["--model", "resnet8"], "ws+gn"),
+    ],
+)
+def test_a_network_comes_with_its_own_scheme_where_none_is_named(call, arrays, words, scheme):
+    Path("r.yaml").write_text("model: {name: resnet8_kn, options: {width: 8}}")
+    Path("gn.yaml").write_text("model: {name: resnet8, scheme: 'gn:4'}")
+    small = [
+        "--data",
+        arrays / "two.npz",
+        "--train-size",
+        16,
+        "--epochs",
+        1,
+        "--set",
+        "model.options.width=32",
+        "-b",
+        8,
+    ]
+    small += ["--val-fraction", 0.25, "--set", "data.size=16", "--set", "data.val_size=null"]
+    code, out, err = call("train", *words, *small, "--out", "run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["recipe"]["model"]["scheme"] == scheme
+    assert f"scheme: {scheme}" in Path("run/recipe.yaml").read_text().replace("'", "")
+
+
 def test_compare_prints_one_json_object(call, arrays):
     words = ["compare", "--data", arrays / "two.npz", "--schemes", "bn,gn:8", "-b", "8,16", "--seeds", 2, "--epochs", 1]
     code, out, err = call(*words, "--out", "study", "--json", "--jobs", 2)
@@ -130,6 +170,30 @@ def test_eval_and_predict_take_the_models_own_scale_and_size(call, arrays):
     assert len(json.loads(told)["images"]) == 1
 
 
+def test_predict_takes_what_save_pretrained_wrote(call, arrays):
+    torch.manual_seed(0)
+    model = anybatch.create_model("resnet8", num_classes=5).eval()
+    torch.nn.init.normal_(model.fc.weight)
+    model.default_cfg |= {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.8}
+    model.save_pretrained("net")
+    image = next((arrays / "images" / "val" / "bright").iterdir())
+    with torch.no_grad():
+        wanted = model(anybatch.models.transforms(model)(Image.open(image))[None]).softmax(1)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained("net")
+        code, out, err = call("predict", "net", image, "--json", "--top", 5)
+        assert code == 0, err
+        (found,) = json.loads(out)["images"]
+        got = {item["class"]: item["probability"] for item in found["classes"]}
+        assert got == pytest.approx(
+            {str(i): p for i, p in enumerate(wanted.tolist())}, abs=3e-2 if dtype.itemsize < 4 else 1e-5
+        )
+    anybatch.create_model("resnet8", num_classes=0).save_pretrained("headless")
+    code, _, err = call("predict", "headless", image)
+    assert code == 2
+    assert "holds a network that tells no images apart: resnet8" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -159,6 +223,10 @@ def test_eval_and_predict_take_the_models_own_scale_and_size(call, arrays):
         (["train", "cifar"], "unknown recipe 'cifar'; did you mean cifar10"),
         (["train", "--scheme", "knn"], "unknown part 'knn'"),
         (["train", "--precision", "bf16"], "train.precision"),
+        (["train", "--model", "knresnet18_seg"], "knresnet18_seg gives a map of logits, for segmentation"),
+        (["train", "--set", "model.options.num_classes=3"], "unknown option of resnet8 'num_classes'"),
+        (["train", "--set", "model.options.name=x"], "unknown option of resnet8 'name'"),
+        (["train", "--set", "model.options.features_only=true"], "unknown option of resnet8 'features_only'"),
         (["eval", "nowhere"], "no checkpoint in nowhere"),
         (["predict", "nowhere", "a.png"], "no checkpoint in nowhere"),
     ],

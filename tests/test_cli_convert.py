@@ -52,12 +52,40 @@ def test_the_command_converts_from_torchvision_and_to_timm(convert: Command) -> 
     assert_same_tensors(load_file("back.safetensors"), model.state_dict())
 
 
+def test_a_new_classifier_for_other_classes(convert: Command) -> None:
+    model: Network = anybatch.create_model("resnet8", num_classes=3)  # pyright: ignore[reportAssignmentType]
+    save_file(model.state_dict(), "ours.safetensors")
+    words = ["--model", "resnet8", "--num-classes", 5, "--classifier", "skip", "--out", "o.safetensors", "--json"]
+    code, out, err = convert("ours.safetensors", *words)
+    assert code == 0, err
+    assert json.loads(out)["set_anew"] == ["fc.bias", "fc.weight"]
+    assert load_file("o.safetensors")["fc.bias"].shape == (5,)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["none.pth", "--model", "resnet8", "--out", "o.safetensors"], "no file of weights at none.pth"),
         (["ours.safetensors", "--model", "resnet9", "--out", "o.safetensors"], "unknown model 'resnet9'"),
         (["ours.safetensors", "--model", "resnet8", "--out", "o.pt"], "--out must end in .safetensors, got o.pt"),
+        (
+            ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--option", "num_classes=3"],
+            "unknown option of resnet8 'num_classes'",
+        ),
+        (
+            ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--option", "features_only=true"],
+            "unknown option of resnet8 'features_only'",
+        ),
+        (
+            ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--in-chans", 1],
+            "takes images of 3 channels, the network 1; build it with in_chans=3",
+        ),
+        (
+            ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--classifier", "skip"],
+            "--classifier skip takes --num-classes",
+        ),
+        (["ours.safetensors", "--model", "resnet8", "--out", "a.safetensors"], "--out a.safetensors is a folder"),
+        (["text.pt", "--model", "resnet8", "--out", "o.safetensors"], "text.pt is damaged or cut off, or no .pt file"),
         (["ours.safetensors", "--model", "resnet14", "--out", "o.safetensors"], "its weights fit resnet8 with scheme"),
         (
             ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--num-classes", 5],
@@ -65,7 +93,7 @@ def test_the_command_converts_from_torchvision_and_to_timm(convert: Command) -> 
         ),
         (
             ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--option", "stem"],
-            "takes key=value",
+            "--option takes key=value, such as stem=bit; got 'stem'",
         ),
         (
             ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--to", "tim"],
@@ -76,6 +104,8 @@ def test_the_command_converts_from_torchvision_and_to_timm(convert: Command) -> 
 def test_mistakes_at_the_command_line(convert: Command, words: list[object], message: str) -> None:
     model: Network = anybatch.create_model("resnet8", num_classes=3)  # pyright: ignore[reportAssignmentType]
     save_file(model.state_dict(), "ours.safetensors")
+    Path("text.pt").write_text("hello\n")
+    Path("a.safetensors").mkdir()
     code, out, err = convert(*words)
     assert code == 2
     assert message in " ".join(err.split())

@@ -18,6 +18,11 @@ from rich.table import Table
 from anybatch import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from anybatch.models import Network
     from anybatch.recipe import Recipe
 
 app = typer.Typer(
@@ -121,11 +126,17 @@ def _recipe(
     data: str | None,
     data_root: str | None,
     sets: list[str] | None,
+    *,
+    own_scheme: bool = False,
     **changes: Any,
 ) -> Recipe:
-    """The recipe for the data, or the one given, with the options' changes and then ``--set``."""
+    """The recipe for the data, or the one given, with the options' changes and then ``--set``.
+
+    With ``own_scheme`` another network than the recipe's comes with its own scheme, where none is named.
+    """
     from anybatch import recipes
     from anybatch.data import parse_data
+    from anybatch.models import model_entry
 
     if data is not None or base is None:
         name, root = parse_data(data or "digits", data_root)
@@ -134,15 +145,26 @@ def _recipe(
     else:
         recipe = base
         changes = {"data.root": data_root, **changes}
+    default = recipe.model
     if changes.get("model.name") not in (None, recipe.model.name):
         recipe = recipe.replace({"model.options": {}})  # they were meant for the recipe's own network
     changes = {path: value for path, value in changes.items() if value is not None}
-    for item in sets or []:
-        path, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--set takes key=value, such as optim.lr=0.1; got {item!r}")
-        changes[path.strip()] = value.strip()
+    changes |= _pairs(sets, "--set", "optim.lr=0.1")
+    name = changes.get("model.name", default.name)
+    if own_scheme and name != default.name and "scheme" not in default.model_fields_set:
+        changes.setdefault("model.scheme", model_entry(name).scheme)
     return recipe.replace(changes)
+
+
+def _pairs(items: list[str] | None, option: str, example: str) -> dict[str, str]:
+    """The values of a repeatable option by their keys."""
+    found = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{option} takes key=value, such as {example}; got {item!r}")
+        found[key.strip()] = value.strip()
+    return found
 
 
 def _print_json(values: Any) -> None:
@@ -354,6 +376,7 @@ def train(
             "train.devices": devices,
             "train.precision": precision,
         },
+        own_scheme=True,
     )
     folder = out or Path("runs") / f"{plan.model.name}-{plan.model.scheme}-{plan.data.name}"
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of several processes are silent
@@ -424,49 +447,69 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-@app.command()
-def predict(
-    run: Annotated[Path, typer.Argument(help="Folder that anybatch train wrote.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
-    skip_bad: SkipBad = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Classes of images and their probabilities."""
+def _predictor(run: Path) -> tuple[Network, list[str], Callable[[Path], Tensor]]:
+    """A network, the names of its classes, and what brings an image file to it."""
     import torch
 
     from anybatch import checkpoint
     from anybatch import data as datasets
-    from anybatch.methods.filters import reuse_filters
+    from anybatch.models import Network, hub, transforms
 
+    if (run / hub.CONFIG).is_file():
+        model = Network.from_pretrained(run)
+        if model.dense or not model.num_classes:
+            raise UserError(f"{run} holds a network that tells no images apart: {model.default_cfg['architecture']}")
+        bring, dtype = transforms(model), next(model.parameters()).dtype
+        names = [str(i) for i in range(model.num_classes)]
+        return model, names, lambda file: bring(datasets.open_image(file, model.in_chans)).to(dtype)
     model, facts = checkpoint.load_model(run)
     if not any(facts.mean) and facts.recipe["data"].get("normalize") is None:
         raise UserError(
             f"{run} was trained on images that come normalized ({facts.recipe['data']['name']}), a form to which image "
             f"files cannot be brought; train on image files or uint8 arrays to predict"
         )
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (facts.mean, facts.std))
+    return model, facts.classes, lambda file: (datasets.load_image(file, facts.size, facts.in_chans) / 255 - mean) / std
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder that anybatch train or save_pretrained wrote.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    skip_bad: SkipBad = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Classes of images and their probabilities.
+
+    What save_pretrained wrote has no names of classes: they are numbers then.
+    """
+    import torch
+
+    from anybatch.methods.filters import reuse_filters
+
+    model, classes, prepare = _predictor(run)
     files = [file for path in images for file in (_image_files(path) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"no image files in {', '.join(map(str, images))}")
     found: list[dict[str, Any]] = []
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (facts.mean, facts.std))
     with torch.inference_mode(), reuse_filters(model):
         for file in files:
             try:
-                pixels = datasets.load_image(file, facts.size, facts.in_chans)
+                x = prepare(file)
             except ValueError as error:
                 if not skip_bad:
                     raise
                 err.print(f"skipped: {error}", style="yellow", markup=False, soft_wrap=True)
                 continue
-            chances = model(((pixels / 255 - mean) / std)[None]).softmax(1)[0]
-            best = chances.topk(min(top, len(facts.classes)))
-            classes = [
-                {"class": facts.classes[i], "probability": p}
+            chances = model(x[None]).softmax(1)[0]
+            best = chances.topk(min(top, len(classes)))
+            likely = [
+                {"class": classes[i], "probability": p}
                 for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
-            found.append({"file": str(file), "classes": classes})
+            found.append({"file": str(file), "classes": likely})
     if as_json:
         _print_json({"images": found})
         return
@@ -556,7 +599,7 @@ def bench(
 
 @convert.command(name="weights")
 def convert_weights(
-    source: Annotated[Path, typer.Argument(help="A .safetensors, .npz, .pt, .pth, .bin or .tar file.")],
+    source: Annotated[Path, typer.Argument(help="A .safetensors, .npz, .pt, .pth, .ckpt, .bin or .tar file.")],
     model: Annotated[str, typer.Option("--model", help="The network's name here; see anybatch list --models.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     scheme: Annotated[str | None, typer.Option(help="How it normalizes; the network's own by default.")] = None,
@@ -566,6 +609,13 @@ def convert_weights(
     to: Annotated[str, typer.Option(help="Names in the file: anybatch, timm or torchvision.")] = "anybatch",
     num_classes: Annotated[
         int | None, typer.Option(min=0, help="Refuse other numbers of classes; 0 leaves the classifier out.")
+    ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            help="adapt (to as many classes as the source has; so without --num-classes), load (so with it), or skip: "
+            "start a new one."
+        ),
     ] = None,
     in_chans: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 3,
     options: Annotated[
@@ -577,30 +627,35 @@ def convert_weights(
 ) -> None:
     """A checkpoint of another library or a release as one of ours, or for timm."""
     from anybatch.files import save_tensors
-    from anybatch.models import export_weights, load_weights, model_entry
-    from anybatch.recipe import Recipe
+    from anybatch.models import export_weights, load_weights
+    from anybatch.models.registry import create_network
+    from anybatch.recipe import read_value
     from anybatch.suggest import listed
 
     if out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {out}")
-    changes = {"model.name": model, "model.scheme": scheme or model_entry(model).scheme}
-    base = Recipe().replace({"model.options": {}})
-    made = _recipe(base, None, None, [f"model.options.{option}" for option in options or []], **changes).model
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
+    if classifier not in (None, "adapt") and num_classes is None:
+        raise UserError(f"--classifier {classifier} takes --num-classes; without both it has as many as the source")
+    chosen = {key: read_value(value) for key, value in _pairs(options, "--option", "stem=bit").items()}
     classes = 1 if num_classes is None else num_classes
-    network: Any = made.build(num_classes=classes, in_chans=in_chans)
-    told = load_weights(network, source, layout=layout, classifier="adapt" if num_classes is None else "load")
+    network = create_network(model, scheme, chosen, num_classes=classes, in_chans=in_chans)
+    how: Any = classifier or ("adapt" if num_classes is None else "load")
+    told = load_weights(network, source, layout=layout, classifier=how)
     tensors = network.state_dict() if to == "anybatch" else export_weights(network, to)
     out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"model": made.name, "scheme": made.scheme, "options": json.dumps(made.options), "layout": to}
+    built: str = network.default_cfg["scheme"]
+    facts = {"model": model, "scheme": built, "options": json.dumps(chosen), "layout": to}
     save_tensors(tensors, out, facts)
     if as_json:
         mapped = {"mapped": told.mapped, "set_anew": told.missing, "unused": told.unused, "note": told.note}
         counted = {"classes": network.num_classes, "tensors": len(tensors)}
-        _print_json({"out": str(out), **facts, "options": made.options, "from": told.layout, **counted, **mapped})
+        _print_json({"out": str(out), **facts, "options": chosen, "from": told.layout, **counted, **mapped})
         return
     renamed = sum(ours != theirs for ours, theirs in told.mapped.items())
     out_console.print(
-        f"{out}: {len(tensors)} tensors of {made.name} with {made.scheme} and {network.num_classes} classes, from "
+        f"{out}: {len(tensors)} tensors of {model} with {built} and {network.num_classes} classes, from "
         f"layout {told.layout} to {to}; {renamed} of {len(told.mapped)} have other names here",
         markup=False,
         highlight=False,

@@ -28,6 +28,7 @@ class Model(_Section):
 
     name: str = "resnet8"
     scheme: str = "ws+gn"
+    """How it normalizes. Where `Recipe.parse` finds a name and no scheme, it takes the network's own."""
     options: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
     """The network's own arguments, as ``{width: 32, stem: cifar}``."""
     weights: str | None = None
@@ -35,12 +36,13 @@ class Model(_Section):
 
     def build(self, *, num_classes: int, in_chans: int) -> Network:
         """The network, from torch's random state; a `ValueError` as of `anybatch.create_model`."""
-        from anybatch.models import Network, create_model
+        from anybatch.models.registry import create_network
 
-        options: dict[str, Any] = self.options
-        model = create_model(self.name, self.scheme, num_classes=num_classes, in_chans=in_chans, **options)
-        if not isinstance(model, Network):
-            raise ValueError(f"options {options} make {self.name} a pyramid of features, which tells no classes apart")
+        model = create_network(self.name, self.scheme, self.options, num_classes=num_classes, in_chans=in_chans)
+        if model.dense:
+            raise ValueError(
+                f"{self.name} gives a map of logits, for segmentation; runs take networks that tell images apart"
+            )
         return model
 
 
@@ -206,6 +208,11 @@ class Recipe(_Section):
         Raises:
             ValueError: Naming each wrong key with the nearest known one, and each wrong value with what would do.
         """
+        model = values.get("model")
+        if isinstance(model, Mapping) and isinstance(name := model.get("name"), str) and "scheme" not in model:
+            from anybatch.models import model_entry
+
+            values = {**values, "model": {**model, "scheme": model_entry(name).scheme}}
         try:
             return cls.model_validate(values)
         except ValidationError as error:

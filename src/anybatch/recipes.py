@@ -109,7 +109,8 @@ def bit_finetune() -> Recipe:
     """Fine-tune BiT's ResNet-50 (GN + WS, its weights in BiT-M-R50x1.npz or as model.weights) on CIFAR-100, 1 GPU.
 
     BiT-HyperRule for 20,000 to 500,000 images: 10,000 steps of 512 images, here 103 epochs of CIFAR-100; fewer images
-    take 500 steps and more take 20,000; arXiv:1912.11370. Its accuracy and hours are not quoted here.
+    take 500 steps and more take 20,000; arXiv:1912.11370, whose tables have the accuracy, which we could not confirm
+    and do not quote. Its hours are not known to us.
 
     ``data.accumulate=8`` with ``data.batch_size=64`` needs an eighth of the memory, with the same
     result but for MixUp, which then draws a ratio for each 64.
@@ -157,12 +158,18 @@ def kn_cifar100(batch_size: int = 32) -> Recipe:
 
 
 def kn_cifar100_b2() -> Recipe:
-    """As kn-cifar100, with batch 2 and its learning rate."""
+    """As kn-cifar100, with batch 2 and its learning rate.
+
+    Published: accuracy 79.10 % (BN: 72.11 %), mean of 3 runs; arXiv:2205.10089, table 1. Its hours are not known to us.
+    """
     return kn_cifar100(2)
 
 
 def kn_cifar100_b256() -> Recipe:
-    """As kn-cifar100, with batch 256 and its learning rate."""
+    """As kn-cifar100, with batch 256 and its learning rate.
+
+    Published: accuracy 78.84 % (BN: 77.72 %), mean of 3 runs; arXiv:2205.10089, table 1. Its hours are not known to us.
+    """
     return kn_cifar100(256)
 
 
@@ -312,7 +319,10 @@ _QUICK: dict[str, dict[str, Any]] = {
     "nfnet-f-imagenet": _NFNET_SMALL,
     "nfnet-f-sam-imagenet": _NFNET_SMALL,
 }
-"""What the quick twin of a published recipe has, for seconds on a CPU: a small network of its family and few pixels."""
+"""What the quick twin of a published recipe has, for seconds on a CPU: a small network of its family and few pixels.
+
+NF-ResNets and NFNets have no width to choose, and NF-RegNet-B0 stands in for them.
+"""
 
 
 def named(name: str) -> Recipe:
@@ -326,7 +336,9 @@ def named(name: str) -> Recipe:
     if base not in RECIPES:
         raise unknown("recipe", name, [*RECIPES, *(f"{known}-quick" for known in RECIPES)])
     recipe = RECIPES[base]()
-    return recipe if base == name else quick(recipe).replace(_QUICK.get(base, {}))
+    if base == name:
+        return recipe
+    return quick(recipe).replace(_QUICK[base]) if base in _QUICK else quick(recipe)
 
 
 def quick(recipe: Recipe) -> Recipe:

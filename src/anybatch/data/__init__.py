@@ -10,7 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anybatch.data.images import Files, Images, Mix, Part, Progress, collate, decode, fit, left_out, load_image
+from anybatch.data.images import (
+    Files,
+    Images,
+    Mix,
+    Part,
+    Progress,
+    collate,
+    decode,
+    fit,
+    left_out,
+    load_image,
+    open_image,
+)
 from anybatch.data.portions import set_aside, subset
 from anybatch.data.sets import DATASETS, SUFFIXES, Raw
 from anybatch.recipe import Data
@@ -32,6 +44,7 @@ __all__ = [
     "collate",
     "load",
     "load_image",
+    "open_image",
     "parse_data",
 ]
 

@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, how much there is, and of what."""
@@ -235,24 +238,37 @@ def load_image(path: str | Path, size: int, in_chans: int) -> Tensor:
     Raises:
         ValueError: If the file cannot be read, naming it; if ``in_chans`` is another number.
     """
-    from PIL import Image, ImageOps
+    image_hwc = np.array(open_image(path, in_chans, least=2 * size))
+    image = torch.from_numpy(image_hwc).reshape(*image_hwc.shape[:2], in_chans).permute(2, 0, 1)
+    return fit(image[None], size)[0]
+
+
+def open_image(path: str | Path, in_chans: int, *, least: int | None = None) -> Image:
+    """An image file as Pillow's image, grey or RGB; see `load_image`.
+
+    Args:
+        path: The file.
+        in_chans: 3 for RGB, 1 for grey.
+        least: Sides that are enough, to which a JPEG file need not be decoded whole.
+    """
+    import PIL.Image
+    import PIL.ImageOps
 
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 (grey) or 3 (RGB) to read image files, got {in_chans}")
     mode = "L" if in_chans == 1 else "RGB"
     try:
-        with Image.open(path) as file:
+        with PIL.Image.open(path) as file:
             if file.mode.startswith(("I", "F")):  # converting such values cuts them off at 255
                 raise ValueError(
                     f"it has more than 8 bits a channel (mode {file.mode}); "
                     "scale it to 8 bits with a range that suits your images"
                 )
-            file.draft(mode, (2 * size, 2 * size))
-            image_hwc = np.array(ImageOps.exif_transpose(file).convert(mode))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises each of them
+            if least is not None:
+                file.draft(mode, (least, least))
+            return PIL.ImageOps.exif_transpose(file).convert(mode)
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # Pillow raises each of them
         raise ValueError(f"cannot read image {path}: {one_line(error)}") from None
-    image = torch.from_numpy(image_hwc).reshape(*image_hwc.shape[:2], in_chans).permute(2, 0, 1)
-    return fit(image[None], size)[0]
 
 
 def one_line(error: Exception) -> str:
