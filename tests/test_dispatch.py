@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from anybatch import dispatch
+from anybatch import dispatch, functional
 from anybatch.dispatch import Op, backend, backends, compiled_helpers, compiles_helpers, op
 from anybatch.kernels.compiled import helper
 
@@ -49,6 +49,24 @@ def test_by_name(double: Op) -> None:
         assert double(4) == ("reference", 8)
     with backend("auto"):
         assert double(4) == ("fast", 8)
+
+
+def test_explain_tells_what_each_backend_says(double: Op) -> None:
+    def explained(name: str, x: int) -> dict[str, str]:
+        with backend(name):
+            return dispatch.explain(double, x)
+
+    assert explained("auto", 4) == {"fast": "runs", "small": "could run", "reference": "could run"}
+    assert explained("auto", 13) == {"fast": "13 is odd", "small": "13 is large", "reference": "runs"}
+    assert explained("small", 4) == {"fast": "could run", "small": "runs", "reference": "could run"}
+    assert explained("small", 12) == {"fast": "could run", "small": "12 is large", "reference": "could run"}
+    assert explained("reference", 4) == {"fast": "could run", "small": "could run", "reference": "runs"}
+    with backend("torch"):  # which this op has not
+        assert dispatch.explain(double, 4)["reference"] == "runs"
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert dispatch.explain(functional.group_norm, x, 4)["torch"] == "x is not contiguous"
+    with pytest.raises(TypeError, match=r"explain takes an op of anybatch\.functional and its arguments, got function"):
+        dispatch.explain(lambda: 0)  # pyright: ignore[reportArgumentType]
 
 
 def test_by_name_a_refusal_is_an_error_that_quotes_the_reason(double: Op) -> None:

@@ -75,6 +75,36 @@ def op(reference: Callable[..., Any]) -> Op:
 _OPS: list[Op] = []
 
 
+def explain(called: Op, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """What each backend of an op says to a call, which is not made: those that refuse say why.
+
+    Args:
+        called: An op, as they stand in `anybatch.functional`.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        By backend, in the order in which they are asked: ``"runs"`` for the one that the backend in force would run,
+        ``"could run"``, or the reason of its refusal.
+
+    Raises:
+        TypeError: If it is no op.
+
+    >>> explain(op(lambda x: x), 1)
+    {'reference': 'runs'}
+    """
+    if not isinstance(called, Op):
+        raise TypeError(f"explain takes an op of anybatch.functional and its arguments, got {type(called).__name__}")
+    answers = {kernel.backend: kernel.refusal(*args, **kwargs) for kernel in called.kernels}
+    told = {name: "could run" if reason is None else reason for name, reason in answers.items()}
+    able = [name for name, reason in answers.items() if reason is None and _backend in ("auto", name)]
+    told["reference"] = "could run"
+    # A backend that was asked for by name and refuses is an error, so that nothing runs.
+    if not (_backend in answers and not able):
+        told[able[0] if able else "reference"] = "runs"
+    return told
+
+
 def backends() -> list[str]:
     """Names that `backend` takes: ``auto``, ``reference`` and every attached kernel's."""
     return ["auto", "reference", *sorted({kernel.backend for made in _OPS for kernel in made.kernels})]
