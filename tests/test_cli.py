@@ -282,7 +282,12 @@ def test_an_unreadable_image_is_named_and_skipped_on_request(call, arrays, tmp_p
 
 
 def test_lists_and_doctor(call):
-    for words, name in ((["list"], "resnet50"), (["list", "--schemes"], "gn"), (["list", "--recipes"], "cifar10")):
+    for words, name in (
+        (["list"], "resnet50"),
+        (["list", "--schemes"], "gn"),
+        (["list", "--recipes"], "cifar10"),
+        (["list", "--recipes"], "NAME-quick"),
+    ):
         code, out, _ = call(*words)
         assert code == 0
         assert name in out

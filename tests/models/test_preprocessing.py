@@ -74,6 +74,24 @@ def test_small_images_are_not_cropped_and_values_are_normalized() -> None:
     torch.testing.assert_close(transforms(model)(pixels), (pixels / 255 - 0.5) / 0.25)
 
 
+@pytest.mark.parametrize(
+    ("entry", "wrong", "message"),
+    [
+        ("mean", None, "finite numbers, got None"),
+        ("mean", (0.5, float("nan"), 0.5), "finite numbers"),
+        ("std", (1, 0, 1), "finite numbers above 0"),
+        ("input_size", (3, 32), "three whole numbers above 0"),
+        ("crop_pct", 0, "a number above 0"),
+        ("interpolation", "cubic", "one of nearest, .*bicubic"),
+    ],
+)
+def test_entries_to_which_no_image_can_be_brought_are_refused(entry: str, wrong: object, message: str) -> None:
+    model = network()
+    model.default_cfg[entry] = wrong
+    with pytest.raises(ValueError, match=rf"default_cfg\['{entry}'\] must be {message}"):
+        transforms(model)
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError, match="model must be a network of create_model, got FeaturePyramid"):
         transforms(FeaturePyramid(network()))  # pyright: ignore[reportArgumentType]
