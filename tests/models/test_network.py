@@ -172,7 +172,6 @@ def test_every_family_refuses_images_smaller_than_its_stride() -> None:
 
 
 SLOW = {name for name, told in counts().items() if told["parameters"] > 40e6}
-SLOW |= {"preact_resnet1001"}
 
 
 @pytest.mark.parametrize(
