@@ -159,12 +159,12 @@ def test_two_at_once_are_refused(tmp_path):
 
 
 def wait_for_rows(path, count, process):
-    for _ in range(600):
+    for _ in range(2400):
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    raise AssertionError("no rows after a minute")
+    raise AssertionError("no rows after four minutes")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -179,9 +179,13 @@ def test_a_stopped_command_leaves_whole_rows_and_continues(tmp_path, sent):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )
-    wait_for_rows(out / "rows.jsonl", 1, process)
-    process.send_signal(sent)
-    _, told = process.communicate(timeout=60)
+    with process:
+        try:
+            wait_for_rows(out / "rows.jsonl", 1, process)
+            process.send_signal(sent)
+            _, told = process.communicate(timeout=240)
+        finally:
+            process.kill()
     if sent != signal.SIGKILL:
         assert process.returncode == 130
         assert "the same command goes on from there" in told
@@ -189,7 +193,7 @@ def test_a_stopped_command_leaves_whole_rows_and_continues(tmp_path, sent):
         assert (out / "report.html").exists()
     before = len(rows.read(out / "rows.jsonl"))
     assert 1 <= before < 4
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=480, check=True)
     summary = json.loads(again.stdout)
     assert len(summary["cells"]) == 2
     assert all(
