@@ -61,6 +61,8 @@ def _refusal(
         return "x and weight differ in their dimensions or dtypes"
     if not x.is_floating_point():
         return "x is not floating point"
+    if residual is not None and residual.dtype != x.dtype:
+        return f"residual is {residual.dtype}, which makes the sum another dtype than x, {x.dtype}"
     if padding_mode != "zeros" or padding == "same" or not isinstance(padding, (int, str, tuple, list)):
         return f"padding={padding!r} in mode {padding_mode!r}: it adds zeros, as many on both sides"
     if isinstance(padding, (tuple, list)) and not all(isinstance(n, int) for n in padding):
