@@ -398,7 +398,7 @@ def test_activation_and_residual_are_the_ones_behind() -> None:
         torch.testing.assert_close(layer(x, residual), act(plain + residual))
         torch.testing.assert_close(layer(x[0], residual[0]), act(plain + residual)[0])
         torch.testing.assert_close(layer.literal()(x), act(plain))
-    torch.testing.assert_close(layer(x, residual.double()), plain + residual.double())
+    torch.testing.assert_close(layer(x, residual.double()), plain + residual.double(), rtol=1e-5, atol=1e-6)
     for act in (nn.Mish(), nn.GELU("tanh"), nn.PReLU()):
         assert not layer.take_activation(act)
     with pytest.raises(
