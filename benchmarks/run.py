@@ -1,4 +1,4 @@
-"""`anybatch bench` without its table and figure: needs torch alone, as on a machine lent for an hour.
+"""`anybatch bench` without its table and figure: needs torch alone.
 
 PYTHONPATH=src python benchmarks/run.py --cases conv,norm --batch-sizes 2,8 --out benchmarks/rows
 """

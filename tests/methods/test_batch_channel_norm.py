@@ -346,3 +346,10 @@ def test_parameters_and_estimates_are_reset_behind_the_meta_device() -> None:
 def test_refusals(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_op_takes_its_arguments_by_name_and_statistics_that_broadcast() -> None:
+    x, mean, var = torch.randn(2, 4, 3, 3), torch.randn(4), torch.rand(4) + 0.5
+    expected = batch_channel_norm.reference(x, 2, mean, var)
+    torch.testing.assert_close(batch_channel_norm(x, 2, mean=mean, var=var), expected)
+    torch.testing.assert_close(batch_channel_norm(x, 2, mean.view(1, 4, 1, 1), var.view(1, 4, 1, 1)), expected)

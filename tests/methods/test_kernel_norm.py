@@ -221,6 +221,7 @@ def test_masks_lie_in_memory_as_their_input_does() -> None:
         assert dropout_mask(x, 0.5, seed).stride() == x.stride()
     x = torch.empty(2, 3, 4, 5, 7).contiguous(memory_format=torch.channels_last_3d)
     assert dropout_mask(x, 0.5, seed).stride() == x.stride()
+    torch.testing.assert_close(dropout_mask(x, 0.5, seed), dropout_mask(x.contiguous(), 0.5, seed))
     assert dropout_mask(x[..., ::2], 0.5, seed).shape == (2, 3, 4, 5, 4)
     assert dropout_mask(torch.empty(0, 3, 4), 0.5, seed).shape == (0, 3, 4)
 

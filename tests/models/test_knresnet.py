@@ -353,6 +353,7 @@ def test_mish_takes_the_place_of_every_relu(name: str) -> None:
         return [type(m).__name__ for m in model.modules() if isinstance(m, (nn.ReLU, nn.Mish, Taken))]
 
     with_relu, with_mish = kinds(small(name)), kinds(small(name, act="mish"))
+    assert with_relu
     assert set(with_relu) <= {"ReLU", "Taken"}, "by convolutions"
     assert with_mish == ["Mish"] * len(with_relu)
     assert_a_step_reaches_every_parameter(small(name, act="mish"), torch.randn(2, 3, 32, 32))

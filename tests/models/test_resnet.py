@@ -270,14 +270,17 @@ def test_refusals(name: str, options: dict[str, object], message: str) -> None:
         anybatch.create_model(name, **{"scheme": "bn", **options})  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("block", [BasicBlock, PreActBasicBlock])
-@pytest.mark.parametrize("options", [{"groups": 2}, {"base_width": 128}], ids=str)
-def test_basic_blocks_take_no_groups(block: type, options: dict[str, int]) -> None:
+def test_widths_that_leave_no_channels_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"of width=8 the 32 groups of base_width=4 keep no channel; take a width of 16"
     ):
         anybatch.create_model("resnext50_32x4d", "bn", width=8)
     with pytest.raises(ValueError, match="width must be a whole number of 1 or more, got 0"):
         anybatch.create_model("resnet18", width=0)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, PreActBasicBlock])
+@pytest.mark.parametrize("options", [{"groups": 2}, {"base_width": 128}], ids=str)
+def test_basic_blocks_take_no_groups(block: type, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="basic blocks take groups=1 and base_width=64; use a network of bottlenecks"):
         ResNet(anybatch.scheme("bn"), block, (1, 1), width=8, **options)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anybatch.methods.common import ACTIVATIONS
 
@@ -54,6 +55,6 @@ def refused_tracing() -> str | None:
     """Why a kernel with a backward of its own gives way to formulas, or None."""
     if torch.compiler.is_compiling():
         return "torch.compile chooses what it keeps"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func takes derivatives of formulas"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func and forward-mode differentiation take derivatives of formulas"
     return None

@@ -18,6 +18,7 @@ from anybatch import dispatch
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
 from anybatch.kernels.compiled import helper
 from anybatch.kernels.torch_group_norm import refusal as torch_refusal
+from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
 from anybatch.methods.common import activated, widened
 from anybatch.methods.group_norm import group_norm
@@ -361,23 +362,13 @@ def _refusal(
 ) -> str | None:
     if torch_refusal(x, groups, weight, bias, eps=eps, activation=activation) is None:
         return f"x is contiguous {x.dtype}, of which torch's own kernel keeps no more and takes less time"
-    if any(p is not None and p.numel() != x.shape[1] for p in (weight, bias)):
-        return "weight or bias is of other channels than x"
+    if any(p is not None and p.shape != x.shape[1:2] for p in (weight, bias)):
+        return "weight or bias is not one number a channel of x"
     return _refused(x, groups, activation)
 
 
 def _refused(x: Tensor, groups: int, activation: str) -> str | None:
-    if reason := refused_tracing():
-        return reason
-    if (
-        not x.is_floating_point()
-        or x.dim() < 2
-        or groups < 1
-        or x.shape[1] % groups
-        or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1
-    ):
-        return "the arguments are none that the op takes"
-    return refused_activation(activation)
+    return refused_tracing() or refused_groups(x, groups) or refused_activation(activation)
 
 
 @group_norm.kernel("moments", refusal=_refusal)
@@ -394,13 +385,25 @@ def group_norm_by_moments(
 
 
 def _batch_refusal(
-    x: Tensor, groups: int, *statistics_and_scales: Tensor | None, activation: str = "none", eps: float = 1e-5
+    x: Tensor,
+    groups: int,
+    mean: Tensor,
+    var: Tensor,
+    batch_weight: Tensor | None = None,
+    batch_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
 ) -> str | None:
     if reason := _refused(x, groups, activation):
         return reason
-    for i, values in enumerate(statistics_and_scales):
-        if values is not None and values.numel() not in ((x.shape[1],) if i < 4 else (x.shape[1], groups)):
-            return "statistics, scales or shifts are of other channels than x"
+    of_channels, of_either = (mean, var, batch_weight, batch_bias), (weight, bias)
+    if any(p is not None and p.shape != x.shape[1:2] for p in of_channels) or any(
+        p is not None and (p.dim() != 1 or len(p) not in (x.shape[1], groups)) for p in of_either
+    ):
+        return "statistics, scales or shifts are not one number a channel of x, or a group"
     return None
 
 

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.compiled import helper
 from anybatch.kernels.recompute import pull
-from anybatch.methods.common import widened
+from anybatch.methods.common import activated, widened
 from anybatch.methods.kernel_norm import dropout_mask
 from anybatch.methods.kn_conv import check_residual, convolve, filter_windows, kn_conv
 from anybatch.methods.windows import Padding, Sizes, Windows, channels_are_last, combined_moments, pad, window_means
@@ -47,10 +48,8 @@ def _refusal(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses the reference itself"
-    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportAttributeAccessIssue]
-        return "a transform of torch.func is under way"
+    if (reason := refused_tracing()) is not None:
+        return reason
     if groups != 1:
         return f"groups={groups}: statistics of one group are all it takes"
     if activation not in ("none", "relu"):
@@ -220,7 +219,8 @@ class _KNConv(torch.autograd.Function):
                 raise
             raise RuntimeError(
                 "what a KNConv gave, took or added was overwritten before backward, as nn.ReLU(inplace=True) behind it "
-                "does; let the activation give a new tensor, or the layer apply it: layer.take_activation(nn.ReLU())"
+                "does, or out += skip; let these give new tensors, or the layer do them: "
+                "layer.take_activation(nn.ReLU()), layer(x, skip)"
             ) from error
         if torch.is_grad_enabled():  # second derivatives
             tensors = (x, weight, bias, residual, seed)
@@ -231,19 +231,20 @@ class _KNConv(torch.autograd.Function):
             gradient = torch.empty_like(y).copy_(gradient)
         g, h, along = _through_epilogue(gradient, y, residual, shift, scale, ctx.relu)
         over = (0, *range(2, g.dim()))
-        g_bias = None if bias is None else g.sum(over, dtype=wide).to(bias.dtype)
+        g_bias = None if bias is None or not ctx.needs_input_grad[4] else g.sum(over, dtype=wide).to(bias.dtype)
         filters, w_mean = _centered(weight, x.dtype)
-        needed = (ctx.needs_input_grad[2], True, False)
+        needed = (*ctx.needs_input_grad[2:4], False)
         geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)
         g_x, g_filters, _ = torch.ops.aten.convolution_backward(h, x, filters, None, *geometry, needed)
-        g_weight = g_filters.to(wide)
-        g_weight -= g_weight.mean(tuple(range(1, weight.dim())), keepdim=True)
+        g_weight = None if g_filters is None else g_filters.to(wide)
+        if g_weight is not None:
+            g_weight -= g_weight.mean(tuple(range(1, weight.dim())), keepdim=True)
         g_var = -0.5 * scale.square() * along
         g_own = None
         if apart is not None:
             h = h.to(wide)
-            g_total = (h * apart).sum(over)
-            g_weight += g_total.reshape(-1, *[1] * (weight.dim() - 1))
+            if g_weight is not None:
+                g_weight += (h * apart).sum(over).reshape(-1, *[1] * (weight.dim() - 1))
             total = w_mean.flatten() * weight[0].numel()
             g_own = (h * total.reshape([1, -1] + [1] * len(at.kernel))).sum(1, keepdim=True)
         if g_x is not None:
@@ -259,7 +260,8 @@ class _KNConv(torch.autograd.Function):
             g_x = _with_statistics(g_x, x, mask, slope, offset)
             if g_own is not None:
                 g_x += spread[:, 2:]
-        return None, None, g_x, g_weight.to(weight.dtype), g_bias, g if residual is not None else None, *[None] * 4
+        g_weight = None if g_weight is None else g_weight.to(weight.dtype)
+        return None, None, g_x, g_weight, g_bias, None if residual is None else g, *[None] * 4
 
 
 @kn_conv.kernel("fused", refusal=_refusal)
@@ -281,6 +283,11 @@ def fused_kn_conv(
     residual: Tensor | None = None,
 ) -> Tensor:
     at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
+    if residual is not None and x.dtype.itemsize < 4:
+        # A rounded sum does not tell what the convolution gave where that is the smaller part.
+        y = fused_kn_conv(x, weight, bias, stride, padding, dilation, p=p, seed=seed, eps=eps)
+        check_residual(residual, y.shape)
+        return activated(y + residual, activation)
     options = {"p": p, "eps": eps, "activation": activation}
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation
+from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
 from anybatch.methods.common import activated
 from anybatch.methods.group_norm import group_norm
 
@@ -33,6 +33,11 @@ def refusal(
         return f"x is {x.dtype}"
     if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
         return "weight or bias has another dtype than x"
+    return refused_groups(x, groups) or refused_activation(activation)
+
+
+def refused_groups(x: Tensor, groups: int) -> str | None:
+    """Why the input and its groups are none that the op takes, or None."""
     if (
         not x.is_floating_point()
         or x.dim() < 2
@@ -40,8 +45,8 @@ def refusal(
         or x.shape[1] % groups
         or x.shape[1] // groups * math.prod(x.shape[2:]) <= 1
     ):
-        return "the arguments are none that group_norm takes"
-    return refused_activation(activation)
+        return "the arguments are none that the op takes"
+    return None
 
 
 class _Activated(torch.autograd.Function):
@@ -101,7 +106,6 @@ def torch_group_norm(
     if activation == "relu":
         # What it gives is kept, as by the convolution behind it anyway: to compute it anew would save nothing there.
         return F.group_norm(x, groups, weight, bias, eps).relu_()
-    # The compiler chooses what it keeps, and torch.func takes gradients of each sample.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if refused_tracing() is not None:
         return activated(F.group_norm(x, groups, weight, bias, eps), activation)
     return _Activated.apply(x, groups, weight, bias, eps, activation)

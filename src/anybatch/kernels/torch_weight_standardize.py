@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.compiled import helper
 from anybatch.methods.common import widened
 from anybatch.methods.filters import Rule, as_rows, from_rows, standardized_rows
@@ -60,10 +61,8 @@ class _Standardize(torch.autograd.Function):
 
 
 def _refusal(weight: Tensor) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses the reference itself"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is under way"
+    if (reason := refused_tracing()) is not None:
+        return reason
     if type(weight) is not Tensor and type(weight) is not nn.Parameter:
         return f"weight is a {type(weight).__name__}"
     if not weight.is_floating_point() or weight.dim() < 2 or weight[:1].numel() <= 1:

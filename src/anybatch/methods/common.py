@@ -72,7 +72,7 @@ _MODULES: dict[str, type[nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "s
 
 
 class Taken(nn.Identity):
-    """In the place of an activation that the layer in front applies."""
+    """In the place of an activation that the layer in front applies: who exchanges that layer has to put it back."""
 
 
 class TakesActivation:

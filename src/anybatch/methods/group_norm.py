@@ -44,7 +44,8 @@ def group_norm(
         weight: (C,), or None for 1.
         bias: (C,), or None for 0.
         eps: Added to the variance, so its unit is that of ``x`` squared.
-        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward.
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward,
+            but for ReLU where torch's own kernel serves, which keeps its output as torch's ReLU does.
 
     Returns:
         (N, C, *), with the dtype of ``x``.

@@ -156,8 +156,9 @@ _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644
 def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Which values of (N, C, *) a seed keeps: int8, 0 with probability ``p``, rounded to 1 / 65,536, and else 1.
 
-    Value i in the order of memory, channels first or last, takes 16 bits of the (i // 4)-th number of SplitMix64 from
-    that seed, so that backward need not keep the mask, and every device makes the same.
+    Value i in the order of (N, C, *), however it lies in memory, takes 16 bits of the (i // 4)-th number of SplitMix64
+    from that seed, so that backward need not keep the mask, and every device makes the same. The mask lies in memory as
+    ``x`` does.
 
     Source:
         Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 9 and section 4.
@@ -170,9 +171,8 @@ def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     z = z ^ ((z >> 31) & (2**33 - 1))
     # Torch multiplies by an integer three times as fast as by a bool.
     kept = (z.view(torch.int16)[:n] >= min(round(p * 2**16), 2**16 - 1) - 2**15).view(torch.int8)
-    if channels_are_last(x):
-        return kept.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    return kept.view(x.shape)
+    kept = kept.view(x.shape)
+    return kept.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(x) else kept
 
 
 def dropout(x: Tensor, p: float, eval_stats: EvalStats, training: bool) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def kn_conv(
         residual: Added to the result before its activation; of its shape.
 
     Returns:
-        (N, O, *), with the dtype of ``x``; windows that the padded map does not hold whole are left out.
+        (N, O, *), with the dtype of ``x``, or of its sum with a wider ``residual``; windows that the padded map does
+        not hold whole are left out.
 
     Raises:
         ValueError: If ``x`` and ``weight`` do not go together, ``norm_groups`` does not divide ``groups``, no window
@@ -180,6 +181,11 @@ class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
 
     dims: ClassVar[int]
     takes_residual = True
+
+    def take_activation(self, act: nn.Module) -> bool:
+        """As `TakesActivation`, of ReLU alone: others cannot be undone from what they give, and more would be kept."""
+        return isinstance(act, (nn.ReLU, nn.Identity)) and super().take_activation(act)
+
     keeps_drawn_bias = True  # at 0 flat backgrounds would stay flat, and windows without variance pass no signal
 
     def __init__(
@@ -320,6 +326,10 @@ _DOC = """A convolution of kernel-normalized windows; see `anybatch.functional.k
             errs less where both were measured (docs/log.md), or ``"expected"``, with the variance that dropout gives
             on average.
         eps: Added to the variance.
+
+    The result is kept for backward and must not be overwritten: behind it ``nn.ReLU(inplace=True)`` and ``out += skip``
+    are errors in backward. It can apply ReLU and add a skip connection itself: ``layer.take_activation(nn.ReLU())``,
+    ``layer(x, skip)``, which keeps least.
 
     Shape:
         As ``torch.nn.Conv{dims}d``, single samples without N too. Under autocast the result has autocast's dtype.

@@ -54,6 +54,11 @@ class Join(nn.Module):
     def end(self, h: Tensor, skip: Tensor, conv: nn.Module, norm: nn.Module | None = None) -> Tensor:
         """What the branch's last convolution and the norm behind it make of ``h``, joined with the skip connection."""
         if self.inside:
+            if self.drop is not None or not isinstance(norm, (nn.Identity, type(None))):
+                raise RuntimeError(
+                    "the branch's last convolution adds the skip connection itself: neither norm nor stochastic depth "
+                    "can stand between; build the network with another scheme in place of exchanging its layers"
+                )
             return conv(h, skip)
         h = conv(h)
         return self(h if norm is None else norm(h), skip)

@@ -181,5 +181,10 @@ def he_normal(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None and not getattr(module, "keeps_drawn_bias", False):
-                nn.init.zeros_(module.bias)
+            zero_bias(module)
+
+
+def zero_bias(module: nn.Module) -> None:
+    """Start a layer's bias at 0, if it has one and does not say to keep it as drawn."""
+    if isinstance(bias := getattr(module, "bias", None), nn.Parameter) and not hasattr(module, "keeps_drawn_bias"):
+        nn.init.zeros_(bias)

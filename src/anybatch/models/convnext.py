@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.models.blocks import Pieces
+from anybatch.models.blocks import Pieces, zero_bias
 from anybatch.models.network import Level, Network
 from anybatch.models.registry import register_model
 from anybatch.scheme import Scheme, check_count, check_positive
@@ -153,8 +153,7 @@ def _first_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            zero_bias(module)
 
 
 def _convnext(
