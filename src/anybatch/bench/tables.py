@@ -132,9 +132,9 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
         "to the BatchNorm of the same work (for convolutions with norm and ReLU; for norms with ReLU; of whole "
         "training steps), forward and backward, where nothing else is said: the median over rounds of the ratio within "
         "a round, each of which times every variant once in an order drawn anew. With one thread the processor's time "
-        "is taken. Over several shapes the geometric mean or, as told, the largest counts. What was timed agreed with "
-        "float64 before. Of kernels as they are (`eager`) and with compiled passes (`helpers`) the faster counts; the "
-        "network around them and BatchNorm's run in eager mode.",
+        "is taken. Over several shapes the geometric mean or, as told, the largest counts. Outputs, and of layers "
+        "gradients, agreed with float64 before. Of kernels as they are (`eager`) and with compiled passes (`helpers`) "
+        "the faster counts; the network around them and BatchNorm's run in eager mode.",
         "",
         "## Targets",
         "",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.compiled import helper
-from anybatch.kernels.recompute import pull
+from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.common import activated, widened
 from anybatch.methods.kernel_norm import dropout_mask
 from anybatch.methods.kn_conv import check_residual, convolve, filter_windows, kn_conv
@@ -224,7 +224,7 @@ class _KNConv(torch.autograd.Function):
             ) from error
         if torch.is_grad_enabled():  # second derivatives
             tensors = (x, weight, bias, residual, seed)
-            return None, None, *pull(ctx.call, tensors, gradient), None, None, None
+            return None, None, *recomputed_gradients(ctx.call, tensors, gradient), None, None, None
         at, wide = ctx.at, scale.dtype
         shift = None if bias is None else bias.to(wide).reshape([1, -1] + [1] * len(at.kernel))
         if gradient.stride() != y.stride():  # expanded, say

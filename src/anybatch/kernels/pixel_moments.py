@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
 from anybatch.kernels.compiled import helper
+from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.common import per_channel, widened
 from anybatch.methods.positional_norm import positional_norm
 
@@ -92,20 +94,14 @@ class _PositionalNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         given = (x, weight, bias)
         if torch.is_grad_enabled():  # for second derivatives
-            present = [t for t in given if t is not None]
-            found = iter(torch.func.vjp(lambda *t: _reference(given, t, ctx.options), *present)[1](gradient))
-            return *(None if t is None else next(found) for t in given), None, None, None
+            reference = partial(positional_norm.reference, **ctx.options)
+            return *recomputed_gradients(reference, given, gradient), None, None, None
         wide = widened(x)
         scales = (_wide_per_channel(p, wide) for p in (weight, bias))
         options = (int(ctx.options["unbiased"]), ctx.options["activation"])
         found = _pulled_back(widened(gradient), wide, mean, rstd, *scales, *options)
         pairs = zip(given, found, strict=True)
         return *(None if t is None else g.to(t.dtype) for t, g in pairs), None, None, None
-
-
-def _reference(given: tuple[Tensor | None, ...], present: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
-    rest = iter(present)
-    return positional_norm.reference(*(None if t is None else next(rest) for t in given), **options)
 
 
 def _wide_per_channel(values: Tensor | None, x: Tensor) -> Tensor | None:

@@ -32,10 +32,10 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         args = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors]
-        return None, *pull(ctx.call, args, gradient)
+        return None, *recomputed_gradients(ctx.call, args, gradient)
 
 
-def pull(call: Callable[..., Tensor], args: Sequence[Any], gradient: Tensor) -> list[Tensor | None]:
+def recomputed_gradients(call: Callable[..., Tensor], args: Sequence[Any], gradient: Tensor) -> list[Tensor | None]:
     """The gradients of ``call(*args)``, which is evaluated anew, for its floating-point tensors; None for the rest."""
     moving = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
 

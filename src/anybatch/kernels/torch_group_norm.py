@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
+from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.common import activated
 from anybatch.methods.group_norm import group_norm
 
@@ -64,17 +66,8 @@ class _Activated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives, which torch's backward kernel has not
-
-            def call(*given: Tensor) -> Tensor:
-                x, *others = given
-                scale = None if weight is None else others[0]
-                shift = None if bias is None else others[-1]
-                return activated(F.group_norm(x, ctx.groups, scale, shift, ctx.eps), ctx.activation)
-
-            given = [t for t in (x, weight, bias) if t is not None]
-            found = iter(torch.func.vjp(call, *given)[1](gradient))
-            g_x, g_weight, g_bias = (None if t is None else next(found) for t in (x, weight, bias))
-            return g_x, None, g_weight, g_bias, None, None
+            call = partial(group_norm.reference, eps=ctx.eps, activation=ctx.activation)
+            return *recomputed_gradients(call, (x, ctx.groups, weight, bias), gradient), None, None
         y, mean, rstd = _native(x, ctx.groups, weight, bias, ctx.eps)
         g = activation_gradient(gradient.contiguous(), y, ctx.activation)
         (n, c), positions = x.shape[:2], math.prod(x.shape[2:])

@@ -10,6 +10,7 @@ of which torch's backward of layer normalization is the case s = 1 / sqrt(S / N 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.compiled import helper
+from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.common import widened
 from anybatch.methods.filters import Rule, as_rows, from_rows, standardized_rows
 from anybatch.methods.scaled_weight_standardization import filter_rule, scaled_weight_standardize
@@ -46,8 +48,7 @@ class _Standardize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, gain, mean, scale, pull = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient that is differentiated again
-            inputs = (weight,) if gain is None else (weight, gain)
-            return *torch.func.vjp(ctx.reference, *inputs)[1](gradient), *([None] * (4 - len(inputs)))
+            return *recomputed_gradients(ctx.reference, (weight, gain), gradient), None, None
         rows, g = widened(as_rows(weight)), widened(as_rows(gradient, like=weight))  # pyright: ignore[reportArgumentType]
         if pull is None and gain is None:
             shape = (rows.shape[1],)
@@ -90,7 +91,7 @@ def _refusal_of_sws(
 
 @weight_standardize.kernel("torch", refusal=_refusal_of_ws)
 def torch_weight_standardize(weight: Tensor, *, eps: float | None = None, variant: Any = "default", **_: Any) -> Tensor:
-    def reference(w: Tensor) -> Tensor:
+    def reference(w: Tensor, _: None) -> Tensor:
         return weight_standardize.reference(w, eps=eps, variant=variant)
 
     return _Standardize.apply(weight, None, variant_rule(variant, eps), reference)
@@ -100,7 +101,5 @@ def torch_weight_standardize(weight: Tensor, *, eps: float | None = None, varian
 def torch_scaled_weight_standardize(
     weight: Tensor, gain: Tensor | None = None, *, eps: float = 1e-4, eps_rule: Any = "max"
 ) -> Tensor:
-    def reference(*given: Tensor) -> Tensor:
-        return scaled_weight_standardize.reference(*given, eps=eps, eps_rule=eps_rule)
-
+    reference = partial(scaled_weight_standardize.reference, eps=eps, eps_rule=eps_rule)
     return _Standardize.apply(weight, gain, filter_rule(eps_rule, eps, weight[0].numel()), reference)

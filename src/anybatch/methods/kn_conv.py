@@ -304,7 +304,7 @@ class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, norm_groups={self.norm_groups}, p={self.p}, eval_stats={self.eval_stats}, "
-            f"eps={self.eps}" + ("" if self.activation == "none" else f", activation={self.activation}")
+            f"eps={self.eps}{self.shown_activation()}"
         )
 
 
