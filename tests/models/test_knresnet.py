@@ -298,7 +298,8 @@ def test_every_network_makes_a_step_at_batch_1(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*CLASSIFIERS, *SEGMENTERS, *PRIVATE, "knconvnext_tiny"])
 def test_every_network_makes_a_step_at_full_width(name: str) -> None:
-    model = anybatch.create_model(name, num_classes=5)
+    options = {} if name in (*SEGMENTERS, *PRIVATE) else {"drop_path_rate": 0.0}  # a branch left out moves nothing
+    model = anybatch.create_model(name, num_classes=5, **options)
     assert_a_step_reaches_every_parameter(model, torch.randn(1, 3, 96, 96))
 
 
