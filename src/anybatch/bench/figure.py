@@ -71,7 +71,8 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         ax.set_ylim(place, -0.2)
         low, high = math.log10(min(ends)) - 0.05, math.log10(max(ends)) + 0.05
         ax.set_xlim(low, high)
-        ticks = [m * 10.0**e for e in range(-6, 4) for m in (1, 2, 5) if low <= math.log10(m * 10.0**e) <= high]
+        steps = (1, 2, 5) if high - low < 2.5 else (1,)
+        ticks = [m * 10.0**e for e in range(-6, 4) for m in steps if low <= math.log10(m * 10.0**e) <= high]
         ax.xaxis.set_major_locator(FixedLocator([math.log10(tick) for tick in ticks]))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{10**x:g}"))
