@@ -6,7 +6,6 @@ PYTHONPATH=src python benchmarks/run.py --cases conv,norm --batch-sizes 2,8 --ou
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -14,18 +13,15 @@ from pathlib import Path
 from anybatch.bench import CASES, judged, run, settings
 from anybatch.bench.runner import Row, file_in, read
 from anybatch.bench.tables import TARGET_HEADINGS, line, plain, target_line
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
+from anybatch.suggest import listed_in
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", type=_split, default=[], help=f"of {', '.join(CASES)}, or layers; all by default")
-    parser.add_argument("--schemes", type=_split, default=[])
-    parser.add_argument("--models", type=_split, default=[])
-    parser.add_argument("--batch-sizes", "-b", type=lambda text: [int(part) for part in _split(text)], default=[])
+    parser.add_argument("--cases", type=listed_in, default=[], help=f"of {', '.join(CASES)}, or layers; all by default")
+    parser.add_argument("--schemes", type=listed_in, default=[])
+    parser.add_argument("--models", type=listed_in, default=[])
+    parser.add_argument("--batch-sizes", "-b", type=lambda text: [int(part) for part in listed_in(text)], default=[])
     parser.add_argument("--device")
     parser.add_argument("--precision", help="32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
@@ -47,17 +43,14 @@ def main() -> int:
     def got(row: Row) -> None:
         print(*(word for word in line(row) if word), sep="  ", flush=True)
 
-    def tell(done: int, total: int, text: str) -> None:
-        print(f"[{done}/{total}, {time.monotonic() - began:.0f} s] {text}", file=sys.stderr, flush=True)
-
     last = [""]
 
-    def tell_once(done: int, total: int, text: str) -> None:
+    def tell(done: int, total: int, text: str) -> None:
         if text != last[0]:
             last[0] = text
-            tell(done, total, text)
+            print(f"[{done}/{total}, {time.monotonic() - began:.0f} s] {text}", file=sys.stderr, flush=True)
 
-    rows = run(chosen, path, tell=tell_once, got=got)
+    rows = run(chosen, path, tell=tell, got=got)
     known = [one for one in judged(read(path)) if one.measured is not None]
     if known:
         print("", *plain(TARGET_HEADINGS, map(target_line, known)), sep="\n")

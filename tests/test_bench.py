@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from anybatch import bench, cli
-from anybatch.bench import cases, runner, settings, targets, timing
+from anybatch.bench import cases, choice, layers, runner, settings, targets, timing
+from anybatch.bench.cell import Cell
 from anybatch.bench.figure import figure
 from anybatch.bench.tables import comparison, speed_page
 
@@ -26,9 +27,9 @@ WORDS = ["--quick", "--repeats", "1", "--contiguous", "--batch-sizes", "1"]
 def _eager_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes seconds, and the allocator's settings would stay with the tests that follow."""
     monkeypatch.setattr(timing, "settle_allocator", lambda: False)
-    made = cases.settings
+    made = choice.settings
 
-    def eager(**given: Any) -> cases.Settings:
+    def eager(**given: Any) -> choice.Settings:
         chosen = made(**{"device": "cpu", **given})
         object.__setattr__(chosen, "modes", ("eager",))
         return chosen
@@ -149,9 +150,9 @@ class _Slightly(nn.Module):
 def test_what_disagrees_with_float64_is_refused(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, off: float, status: str
 ) -> None:
-    right = cases._norm
+    right = layers._norm
     monkeypatch.setattr(
-        cases, "_norm", lambda spec, channels: right(spec, channels) if spec == "bn" else _Slightly(off)
+        layers, "_norm", lambda spec, channels: right(spec, channels) if spec == "bn" else _Slightly(off)
     )
     words = [*WORDS, "--cases", "norm", "--schemes", "gn", "--json", "--out", tmp_path / "rows.jsonl"]
     code, out, _ = call(capsys, monkeypatch, *words)
@@ -174,11 +175,11 @@ def test_what_cannot_run_is_a_row_and_the_others_go_on() -> None:
 def test_layers_go_both_ways_in_every_case() -> None:
     chosen = settings(device="cpu", cases=["layers"])
     made = list(cases.cells(chosen))
-    assert {cell.case for cell in made} == set(cases.LAYERS)
-    assert {cell.facts.get("memory_format") for cell in made if cell.case in ("conv", "norm")} == set(cases.FORMATS)
+    assert {cell.case for cell in made} == set(choice.LAYERS)
+    assert {cell.facts.get("memory_format") for cell in made if cell.case in ("conv", "norm")} == set(choice.FORMATS)
     default = settings(device="cpu")
-    assert default.cases == tuple(cases.CASES)
-    assert {net.name for net in default.nets()} == set(cases.NETS)
+    assert default.cases == choice.CASES
+    assert {net.name for net in default.nets()} == set(choice.NETS)
 
 
 def test_every_target_is_measured_by_some_default_cell() -> None:
@@ -195,7 +196,7 @@ def test_every_target_is_measured_by_some_default_cell() -> None:
 
 
 def _row(variant: str, ratio: float, **more: Any) -> dict[str, Any]:
-    cell = cases.Cell("conv", {"shape": "64-64 3x3 at 56", "batch_size": 2, "memory_format": "channels_last"}, {})
+    cell = Cell("conv", {"shape": "64-64 3x3 at 56", "batch_size": 2, "memory_format": "channels_last"}, {})
     row: dict[str, Any] = dict(runner._blank(cell, settings(device="cpu"), (variant, "eager")))
     return row | {"ratio": ratio, "quartiles": (ratio, ratio), "seconds": ratio / 1000, "baseline": "bn"} | more
 

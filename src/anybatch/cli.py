@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anybatch import __version__
+from anybatch.suggest import listed_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,16 +108,9 @@ def _told(error: Exception) -> int:
     return 1 if ours else 2
 
 
-def _split(text: str) -> list[str]:
-    """Comma-separated values; commas inside parentheses do not separate."""
-    import re
-
-    return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
-
-
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(part) for part in _split(text)]
+        return [int(part) for part in listed_in(text)]
     except ValueError:
         raise UserError(f"{option} takes whole numbers separated by commas, such as 1,2,32; got {text!r}") from None
 
@@ -264,7 +258,7 @@ def compare(
                 raise UserError(f"a study varies {path}; give {axes[path]} in place of --set {path}")
         plan = study.Study.make(
             base=base,
-            schemes=_canonical(_split(schemes)),
+            schemes=_canonical(listed_in(schemes)),
             batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
             seeds=list(range(seeds)),
             tune=tune,
@@ -566,9 +560,9 @@ def bench(
     from anybatch.bench import runner, settings, targets
 
     chosen = settings(
-        cases=_split(cases or ""),
-        schemes=_split(schemes or ""),
-        models=_split(models or ""),
+        cases=listed_in(cases or ""),
+        schemes=listed_in(schemes or ""),
+        models=listed_in(models or ""),
         batch_sizes=_numbers(batch_sizes or "", "--batch-sizes"),
         device=device,
         precision=precision,

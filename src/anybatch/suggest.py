@@ -1,8 +1,9 @@
-"""Errors that name what was wrong and what would do."""
+"""Names in a line, and errors that name what was wrong and what would do."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -31,3 +32,12 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
+
+
+def listed_in(text: str) -> list[str]:
+    """The values that commas separate; commas inside parentheses do not.
+
+    >>> listed_in("gn, kn(p=0,eps=0.1),")
+    ['gn', 'kn(p=0,eps=0.1)']
+    """
+    return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]

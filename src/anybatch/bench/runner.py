@@ -18,7 +18,8 @@ import torch
 import anybatch
 from anybatch import rows
 from anybatch.bench import cases, timing
-from anybatch.bench.cases import Cell, Settings, Variant
+from anybatch.bench.cell import Cell, Variant
+from anybatch.bench.choice import Settings
 from anybatch.measure import device_name
 
 FORMAT = 1

@@ -1,0 +1,194 @@
+"""Blocks of convolution, norm and ReLU, norms by themselves, and their errors at large means."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.bench.cell import Cell, Checked, Variant, compared, graphed, in_mode, without_randomness
+from anybatch.bench.choice import FORMATS, PRECISIONS, SEED, Settings
+from anybatch.bench.timing import Work
+from anybatch.dispatch import backend
+from anybatch.measure import saved_bytes
+from anybatch.models.blocks import Pieces
+from anybatch.schemes import scheme as parse_scheme
+
+SHAPES = (
+    (64, 64, 56, 3),
+    (64, 64, 56, 1),
+    (64, 256, 56, 1),
+    (256, 64, 56, 1),
+    (128, 128, 28, 3),
+    (512, 128, 28, 1),
+    (256, 256, 14, 3),
+    (1024, 256, 14, 1),
+    (256, 1024, 14, 1),
+    (512, 512, 7, 3),
+    (512, 2048, 7, 1),
+)
+"""Channels in and out, map size and kernel of ResNet-50's convolutions at 224 pixels."""
+MAPS = ((64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+"""Channels and size of the maps behind them."""
+
+
+def _block(spec: str, channels: int, out: int, kernel: int) -> nn.Module:
+    pieces = Pieces(parse_scheme(spec))
+    conv = pieces.conv(channels, out, kernel)
+    return nn.Sequential(conv, *pieces.norm_act(out, behind=conv))
+
+
+def _norm(spec: str, channels: int) -> nn.Module:
+    return nn.Sequential(*Pieces(parse_scheme(spec)).norm_act(channels))
+
+
+def conv_cells(chosen: Settings) -> Iterator[Cell]:
+    shapes = ((32, 32, 6, 3), (64, 32, 6, 1)) if chosen.quick else SHAPES
+    for batch_size in chosen.sizes((2, 8)):
+        for layout in chosen.formats(layers=True):
+            for channels, out, size, kernel in shapes:
+                yield _layer_cell(
+                    "conv",
+                    chosen,
+                    {"shape": f"{channels}-{out} {kernel}x{kernel} at {size}"},
+                    partial(_block, channels=channels, out=out, kernel=kernel),
+                    chosen.schemes or ("kn(p=0)", "kn"),
+                    (batch_size, channels, size, layout),
+                )
+
+
+def norm_cells(chosen: Settings) -> Iterator[Cell]:
+    maps = ((32, 6),) if chosen.quick else MAPS
+    for batch_size in chosen.sizes((2, 8)):
+        for layout in chosen.formats(layers=True):
+            for channels, size in maps:
+                given = chosen.schemes or ("gn", "ln", "bcn", "pn", f"lcn(window={max(3, size // 2 | 1)})")
+                parsed = [parse_scheme(spec) for spec in given]
+                specs = [one.name for one in parsed if one.norm is not None or one.norm_act is not None]
+                if specs:
+                    about = {"shape": f"{channels} at {size}"}
+                    place = (batch_size, channels, size, layout)
+                    yield _layer_cell("norm", chosen, about, partial(_norm, channels=channels), specs, place)
+
+
+def _layer_cell(
+    case: str,
+    chosen: Settings,
+    about: dict[str, Any],
+    make: Callable[[str], nn.Module],
+    specs: Sequence[str],
+    place: tuple[int, int, int, str],
+) -> Cell:
+    batch_size, channels, size, layout = place
+    x = partial(chosen.images, batch_size, channels, size, layout, PRECISIONS[chosen.precision])
+    facts = {**about, "batch_size": batch_size, "memory_format": layout}
+    build: dict[tuple[str, str], Callable[[], Variant]] = {}
+    for mode in chosen.modes:
+        for spec in dict.fromkeys(("bn", *specs)):
+            if (spec, mode) != ("bn", "helpers"):
+                build[spec, mode] = partial(_layer_variant, chosen, make, spec, mode, x, layout)
+    return Cell(case, facts, build)
+
+
+def _layer_variant(
+    chosen: Settings, make: Callable[[str], nn.Module], spec: str, mode: str, images: Callable[[], Tensor], layout: str
+) -> Variant:
+    torch.manual_seed(SEED)
+    module = make(spec)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.dim() == 1:  # scales and shifts that start at 1 and 0 would hide mistakes
+                p += 0.1 * torch.randn(p.shape)
+    module = chosen.placed(module, layout)
+    x = images().requires_grad_()
+    inputs = [x, *module.parameters()]
+    with torch.no_grad(), chosen.autocast():
+        y = copy.deepcopy(module)(x)
+    generator = torch.Generator().manual_seed(SEED + 2)
+    gradient = torch.randn(y.shape, generator=generator).to(y).contiguous(memory_format=FORMATS[layout])
+    call = in_mode(module, mode)
+
+    def forward() -> Tensor:
+        with chosen.autocast():
+            return call(x)
+
+    def run() -> None:
+        torch.autograd.grad(forward(), inputs, gradient)
+
+    def check() -> Checked:
+        start = without_randomness(copy.deepcopy(module)) if mode == "compiled" else module
+
+        def passed(one: Callable[[Tensor], Tensor], parameters: list[Tensor], value: Tensor) -> list[Tensor]:
+            torch.manual_seed(SEED + 3)
+            given = value.detach().requires_grad_()
+            out = one(given)
+            return [out.detach(), *torch.autograd.grad(out, [given, *parameters], gradient.to(out.dtype))]
+
+        exact_one, naive_one, got_one = (copy.deepcopy(start) for _ in range(3))
+        exact_one = exact_one.double()
+        with backend("reference"):
+            exact = passed(exact_one, list(exact_one.parameters()), x.detach().double())
+            with chosen.autocast():
+                naive = passed(naive_one, list(naive_one.parameters()), x)
+        with chosen.autocast():
+            got = passed(in_mode(got_one, mode), list(got_one.parameters()), x)
+        names = ["output", "gradient of x", *(f"gradient of {name}" for name, _ in module.named_parameters())]
+        return compared(got, naive, exact, names)
+
+    ours = spec != "bn" and mode != "graph"
+    saved = None if mode == "graph" else partial(saved_bytes, module, forward)
+    return Variant(Work(graphed(run, mode)), check if ours else None, saved, x.shape[0])
+
+
+def accuracy_cells(chosen: Settings) -> Iterator[Cell]:
+    channels, size = (32, 6) if chosen.quick else (64, 14)
+    for mode in ("eager", "helpers") if "helpers" in chosen.modes else ("eager",):
+        for mean in (1e3, 1e4):
+            values = {
+                "kn": partial(_scale_error_of_kn, chosen, channels, size, mean, mode),
+                "gn": partial(_scale_error_of_gn, chosen, channels, size, mean, mode),
+            }
+            about = {"what": "1/std, float32", "mean": mean, "mode": mode}
+            yield Cell("accuracy", about, {}, values)
+        values = {"kn": partial(_bfloat16_error, chosen, channels, size, 10.0, mode)}
+        yield Cell("accuracy", {"what": "output, bfloat16", "mean": 10.0, "mode": mode}, {}, values)
+
+
+def _both(chosen: Settings, module: nn.Module, x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        got = in_mode(module, mode)(x).double()
+        with backend("reference"):
+            return got, copy.deepcopy(module).double()(x.double())
+
+
+def _scale_error_of_kn(chosen: Settings, channels: int, size: int, mean: float, mode: str) -> float:
+    """Filters that subtract neighboring channels at one pixel leave the convolution exact and 1/std to err."""
+    conv = Pieces(parse_scheme("kn(p=0)")).conv(channels, channels, 3, bias=False).to(chosen.device)
+    weight: Any = conv.weight
+    with torch.no_grad():
+        weight.zero_()
+        for o in range(channels):
+            weight[o, o, 1, 1], weight[o, (o + 1) % channels, 1, 1] = 1.0, -1.0
+    x = chosen.images(2, channels, size, "contiguous", torch.float32) + mean
+    got, exact = (y[..., 1:-1, 1:-1] for y in _both(chosen, conv, x, mode))
+    return ((got * exact).sum(1) / exact.square().sum(1) - 1).abs().max().item()
+
+
+def _scale_error_of_gn(chosen: Settings, channels: int, size: int, mean: float, mode: str) -> float:
+    """Within a group the exact values have mean 0, so that along them only 1/std errs."""
+    norm = Pieces(parse_scheme("gn:auto")).norm(channels).to(chosen.device)
+    x = chosen.images(2, channels, size, "contiguous", torch.float32) + mean
+    got, exact = (y.reshape(2, 32, -1) for y in _both(chosen, norm, x, mode))
+    return ((got * exact).sum(2) / exact.square().sum(2) - 1).abs().max().item()
+
+
+def _bfloat16_error(chosen: Settings, channels: int, size: int, mean: float, mode: str) -> float:
+    torch.manual_seed(SEED)
+    conv = Pieces(parse_scheme("kn(p=0)")).conv(channels, channels, 3).to(chosen.device, torch.bfloat16)
+    x = chosen.images(2, channels, size, "channels_last", torch.float32) + mean
+    got, exact = _both(chosen, conv, x.bfloat16(), mode)
+    return (torch.linalg.vector_norm(got - exact) / torch.linalg.vector_norm(exact)).item()
