@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.bench.timing import Work, captured
-from anybatch.dispatch import compiled_helpers
 from anybatch.methods.stochastic_depth import StochasticDepth
 
 
@@ -96,16 +95,7 @@ def without_randomness(model: nn.Module) -> nn.Module:
 
 def in_mode(module: nn.Module, mode: str) -> Callable[..., Any]:
     """How the module is called in a mode."""
-    if mode == "compiled":
-        return torch.compile(module)
-    if mode != "helpers":
-        return module
-
-    def call(*args: Any) -> Any:
-        with compiled_helpers():
-            return module(*args)
-
-    return call
+    return torch.compile(module) if mode == "compiled" else module
 
 
 def graphed(run: Callable[[], object], mode: str) -> Callable[[], object]:

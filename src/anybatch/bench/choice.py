@@ -34,7 +34,7 @@ class Net:
     baseline: str = ""
     """The network that has BatchNorm; by default the same."""
     schemes: tuple[str, ...] = ()
-    """None for the network's own."""
+    """Empty for the network's own."""
     clipped: bool = False
     """Whether it is timed with adaptive gradient clipping too."""
     batch_sizes: tuple[int, ...] = (2,)
@@ -75,6 +75,8 @@ class Settings:
     precision: str
     channels_last: bool | None
     modes: tuple[str, ...]
+    helpers: bool
+    """Whether filters are standardized with compiled passes too."""
     repeats: int
     least: float
     threads: int
@@ -180,7 +182,8 @@ def settings(
         device=where,
         precision=precision,
         channels_last=channels_last,
-        modes=("eager", "graph" if where.type == "cuda" else "helpers", *(["compiled"] if compile else [])),
+        modes=("eager", *(["graph"] if where.type == "cuda" else []), *(["compiled"] if compile else [])),
+        helpers=where.type == "cpu",
         repeats=repeats or (2 if quick else 9),
         least=0.0 if quick else 0.05,
         threads=threads,

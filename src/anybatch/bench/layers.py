@@ -89,8 +89,7 @@ def _layer_cell(
     build: dict[tuple[str, str], Callable[[], Variant]] = {}
     for mode in chosen.modes:
         for spec in dict.fromkeys(("bn", *specs)):
-            if (spec, mode) != ("bn", "helpers"):
-                build[spec, mode] = partial(_layer_variant, chosen, make, spec, mode, x, layout)
+            build[spec, mode] = partial(_layer_variant, chosen, make, spec, mode, x, layout)
     return Cell(case, facts, build)
 
 
@@ -146,26 +145,24 @@ def _layer_variant(
 
 def accuracy_cells(chosen: Settings) -> Iterator[Cell]:
     channels, size = (32, 6) if chosen.quick else (64, 14)
-    for mode in ("eager", "helpers") if "helpers" in chosen.modes else ("eager",):
-        for mean in (1e3, 1e4):
-            values = {
-                "kn": partial(_scale_error_of_kn, chosen, channels, size, mean, mode),
-                "gn": partial(_scale_error_of_gn, chosen, channels, size, mean, mode),
-            }
-            about = {"what": "1/std, float32", "mean": mean, "mode": mode}
-            yield Cell("accuracy", about, {}, values)
-        values = {"kn": partial(_bfloat16_error, chosen, channels, size, 10.0, mode)}
-        yield Cell("accuracy", {"what": "output, bfloat16", "mean": 10.0, "mode": mode}, {}, values)
+    for mean in (1e3, 1e4):
+        values = {
+            "kn": partial(_scale_error_of_kn, chosen, channels, size, mean),
+            "gn": partial(_scale_error_of_gn, chosen, channels, size, mean),
+        }
+        yield Cell("accuracy", {"what": "1/std, float32", "mean": mean}, {}, values)
+    values = {"kn": partial(_bfloat16_error, chosen, channels, size, 10.0)}
+    yield Cell("accuracy", {"what": "output, bfloat16", "mean": 10.0}, {}, values)
 
 
-def _both(chosen: Settings, module: nn.Module, x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def _both(chosen: Settings, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        got = in_mode(module, mode)(x).double()
+        got = module(x).double()
         with backend("reference"):
             return got, copy.deepcopy(module).double()(x.double())
 
 
-def _scale_error_of_kn(chosen: Settings, channels: int, size: int, mean: float, mode: str) -> float:
+def _scale_error_of_kn(chosen: Settings, channels: int, size: int, mean: float) -> float:
     """Filters that subtract neighboring channels at one pixel leave the convolution exact and 1/std to err."""
     conv = Pieces(parse_scheme("kn(p=0)")).conv(channels, channels, 3, bias=False).to(chosen.device)
     weight: Any = conv.weight
@@ -174,21 +171,21 @@ def _scale_error_of_kn(chosen: Settings, channels: int, size: int, mean: float, 
         for o in range(channels):
             weight[o, o, 1, 1], weight[o, (o + 1) % channels, 1, 1] = 1.0, -1.0
     x = chosen.images(2, channels, size, "contiguous", torch.float32) + mean
-    got, exact = (y[..., 1:-1, 1:-1] for y in _both(chosen, conv, x, mode))
+    got, exact = (y[..., 1:-1, 1:-1] for y in _both(chosen, conv, x))
     return ((got * exact).sum(1) / exact.square().sum(1) - 1).abs().max().item()
 
 
-def _scale_error_of_gn(chosen: Settings, channels: int, size: int, mean: float, mode: str) -> float:
+def _scale_error_of_gn(chosen: Settings, channels: int, size: int, mean: float) -> float:
     """Within a group the exact values have mean 0, so that along them only 1/std errs."""
     norm = Pieces(parse_scheme("gn:auto")).norm(channels).to(chosen.device)
     x = chosen.images(2, channels, size, "contiguous", torch.float32) + mean
-    got, exact = (y.reshape(2, 32, -1) for y in _both(chosen, norm, x, mode))
+    got, exact = (y.reshape(2, 32, -1) for y in _both(chosen, norm, x))
     return ((got * exact).sum(2) / exact.square().sum(2) - 1).abs().max().item()
 
 
-def _bfloat16_error(chosen: Settings, channels: int, size: int, mean: float, mode: str) -> float:
+def _bfloat16_error(chosen: Settings, channels: int, size: int, mean: float) -> float:
     torch.manual_seed(SEED)
     conv = Pieces(parse_scheme("kn(p=0)")).conv(channels, channels, 3).to(chosen.device, torch.bfloat16)
     x = chosen.images(2, channels, size, "channels_last", torch.float32) + mean
-    got, exact = _both(chosen, conv, x.bfloat16(), mode)
+    got, exact = _both(chosen, conv, x.bfloat16())
     return (torch.linalg.vector_norm(got - exact) / torch.linalg.vector_norm(exact)).item()

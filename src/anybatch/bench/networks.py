@@ -49,8 +49,7 @@ def _net_builds(
 ) -> dict[tuple[str, str], Callable[[], Variant]]:
     made: dict[tuple[str, str], Callable[[], Variant]] = {}
     for mode in chosen.modes:
-        if mode != "helpers":
-            made["bn", mode] = partial(build, chosen, net, "bn", mode, batch_size, layout, baseline=True)
+        made["bn", mode] = partial(build, chosen, net, "bn", mode, batch_size, layout, baseline=True)
         for spec in net.schemes:
             if spec != "bn" or net.baseline:
                 name = f"{net.name} {spec}" if spec == "bn" else spec

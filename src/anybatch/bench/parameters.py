@@ -44,7 +44,7 @@ def standardization_cells(chosen: Settings) -> Iterator[Cell]:
         norm = "gn:auto" if chosen.quick else "gn"
         for name, spec in (("ws", f"ws+{norm}"), ("sws", "nf")):
             build[name, "eager"] = partial(_ws_variant, chosen, net, spec, layout)
-            if "helpers" in chosen.modes:
+            if chosen.helpers:
                 build[name, "helpers"] = partial(_ws_variant, chosen, net, spec, layout, helpers=True)
         build["ws, in evaluation", "eager"] = partial(_ws_variant, chosen, net, f"ws+{norm}", layout, training=False)
         for name, how in (("as published", _standardize_published), ("as timm", _standardize_timm)):

@@ -141,7 +141,7 @@ def _surroundings(chosen: Settings) -> Iterator[None]:
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(chosen.threads)
         stack.enter_context(torch.random.fork_rng(devices=[chosen.device] if chosen.gpu else []))
-        if {"helpers", "compiled"} & set(chosen.modes):
+        if chosen.helpers or "compiled" in chosen.modes:
             import torch._dynamo.config as dynamo  # here, since it takes a second
 
             # More shapes than this share a function; past its limit torch would silently run what is not compiled.
@@ -160,7 +160,7 @@ def _tidy(chosen: Settings) -> None:
 
 def _rows(cell: Cell, chosen: Settings, tick: Callable[[], object]) -> Iterator[Row]:
     for name, value in cell.values.items():
-        row = _blank(cell, chosen, (name, cell.facts.get("mode", "eager")))
+        row = _blank(cell, chosen, (name, "eager"))
         try:
             number = value()
             row["value"] = number if math.isfinite(number) else None
@@ -241,7 +241,7 @@ def _blank(cell: Cell, chosen: Settings, key: tuple[str, str]) -> Row:
     name, mode = key
     machine = machine_of(chosen.device)
     threads = torch.get_num_threads()
-    sizes = [f"{what}={value}" for what, value in cell.facts.items() if what != "mode"]
+    sizes = [f"{what}={value}" for what, value in cell.facts.items()]
     identity = [cell.case, name, mode, *sizes, chosen.precision, machine, f"threads={threads}"]
     identity += ["quick"] * chosen.quick
     return {

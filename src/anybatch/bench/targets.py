@@ -156,7 +156,7 @@ def _judge(target: Target, rows: Sequence[Mapping[str, Any]]) -> Judged:
     for row in rows:
         if not target.takes(row):
             continue
-        cell = (row["variant"], *(f"{name}={value}" for name, value in row["facts"].items() if name != "mode"))
+        cell = (row["variant"], *(f"{name}={value}" for name, value in row["facts"].items()))
         value = row[target.number]
         best[cell] = min(value, best.get(cell, value))
         machines[f"{row['device']}, {row['threads']} threads" if not target.gpu else row["device"]] = None

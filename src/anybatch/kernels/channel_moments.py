@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from anybatch import dispatch
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
-from anybatch.kernels.compiled import helper
 from anybatch.kernels.torch_group_norm import refusal as torch_refusal
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
-from anybatch.methods.common import activated, widened
+from anybatch.methods.common import widened
 from anybatch.methods.group_norm import group_norm
 
 
@@ -133,48 +131,6 @@ class _Columns(_Passes):
         return self.affine(mean_nc, p_nc, q_nc).addcmul_(g, self.spread(a_nc))
 
 
-class _Compiled(_Passes):
-    """A tensor whose passes torch.compile makes: what is read once is read once."""
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        return _compiled_moments(self.x)
-
-    def output(self, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str) -> Tensor:
-        return _compiled_output(self.x, mean_nc, scale_nc, shift_nc, activation)
-
-    def gradient_and_sums(
-        self, g: Tensor, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _compiled_sums(g, self.x, mean_nc, scale_nc, shift_nc, activation)
-
-    def combined(self, g: Tensor, mean_nc: Tensor, a_nc: Tensor, p_nc: Tensor, q_nc: Tensor) -> Tensor:
-        return _compiled_combination(g, self.x, mean_nc, a_nc, p_nc, q_nc)
-
-
-@helper
-def _compiled_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _Passes(x).moments()
-
-
-@helper
-def _compiled_output(x: Tensor, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str) -> Tensor:
-    return activated(_Passes(x).affine(mean_nc, scale_nc, shift_nc), activation)
-
-
-@helper
-def _compiled_sums(
-    g: Tensor, x: Tensor, mean_nc: Tensor, scale_nc: Tensor, shift_nc: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    passes = _Passes(x)
-    g = activation_gradient(g, passes.affine(mean_nc, scale_nc, shift_nc), activation)
-    return g, *passes.sums(g, mean_nc)
-
-
-@helper
-def _compiled_combination(g: Tensor, x: Tensor, mean_nc: Tensor, a_nc: Tensor, p_nc: Tensor, q_nc: Tensor) -> Tensor:
-    return _Passes(x).combined(g, mean_nc, a_nc, p_nc, q_nc)
-
-
 def _batch_norm_sums(g: Tensor, x: Tensor, mean_c: Tensor, ones_c: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of ``g`` and of ``g * (x - mean)``: the gradients of batch normalization's shift and scale."""
     given = (ones_c, mean_c, ones_c, mean_c, ones_c)  # the scale, and both kinds of statistics
@@ -187,8 +143,6 @@ def _passes(x: Tensor) -> _Passes:
     plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() > 0
     if not plain or torch.is_grad_enabled():
         return _Passes(x)
-    if dispatch.compiles_helpers():
-        return _Compiled(x)
     if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
         return _Columns(x)
     return _Rows(x.contiguous())
@@ -228,7 +182,6 @@ class _Numbers(NamedTuple):
     rstd_ng1: Tensor
 
 
-@helper
 def _numbers(
     mean_nc: Tensor,
     var_nc: Tensor,
@@ -307,7 +260,6 @@ class _ChannelNorm(torch.autograd.Function):
         return *_like((x, None, weight, bias, *given), found), None, None
 
 
-@helper
 def _coefficients(
     total_nc: Tensor, along_nc: Tensor, numbers: _Numbers, weight: Tensor | None, batch: _Batch | None, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,7 +277,6 @@ def _coefficients(
     return along.sum(0).flatten(), -slope.expand_as(off).flatten(1), -(within + slope * off).flatten(1)
 
 
-@helper
 def _batch_gradients(
     batch: _Batch,
     scale_nc: Tensor,

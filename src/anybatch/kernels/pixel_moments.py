@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
-from anybatch.kernels.compiled import helper
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.common import per_channel, widened
 from anybatch.methods.positional_norm import positional_norm
@@ -27,7 +26,6 @@ def _refusal(
     return refused_activation(activation)
 
 
-@helper
 def _normalized(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, correction: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +43,6 @@ def _normalized(
     return activated_in_place(y, activation), mean, rstd
 
 
-@helper
 def _pulled_back(
     g: Tensor,
     x: Tensor,
