@@ -189,7 +189,7 @@ def test_masks_are_of_independent_values(p: float) -> None:
     assert kept.shape == x.shape
     assert kept.double().mean().item() == pytest.approx(1 - p, abs=4 * deviation)
     centered = (kept.double() - (1 - p)).flatten() / (p * (1 - p)) ** 0.5
-    for lag in (1, 2, 3, 4, 5, 41, 8 * 51 * 41):  # four are cut from one number
+    for lag in (1, 2, 3, 4, 5, 41, 51 * 41, 2 * 51 * 41, 8 * 51 * 41):  # neighboring channels share a hash
         pairs = len(centered) - lag
         assert abs((centered[lag:] * centered[:-lag]).mean().item()) < 4.5 / pairs**0.5
     for seed in (-(2**63) + 1, 0, 2**63 - 1):
@@ -197,7 +197,7 @@ def test_masks_are_of_independent_values(p: float) -> None:
         assert abs((centered * other).mean().item()) < 4.5 / len(other) ** 0.5
 
 
-def test_masks_are_cut_from_splitmix() -> None:
+def test_masks_are_hashes_of_places_keyed_by_splitmix() -> None:
     """In Python's integers; the first number from seed 0 is the published 0xE220A8397B1DCDAF."""
 
     def number(seed: int, i: int) -> int:
@@ -206,13 +206,23 @@ def test_masks_are_cut_from_splitmix() -> None:
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
         return z ^ z >> 31
 
+    def hashed(place: int, key: int) -> int:
+        z = place ^ key % 2**32
+        z = (z ^ z >> 16) * 0x7FEB352D % 2**32
+        z = ((z ^ z >> 15) + (key >> 32)) * 0x846CA68B % 2**32
+        return z ^ z >> 16
+
     assert number(0, 0) == 0xE220A8397B1DCDAF
+    channels, positions = 5, 7  # the last channel of a position shares its hash with none
     for seed in (0, 1234567, -5):
-        lanes = [(number(seed % 2**64, i // 4) >> 16 * (i % 4)) % 2**16 for i in range(42)]
-        signed = [lane - 2**16 if lane >= 2**15 else lane for lane in lanes]
-        expected = torch.tensor([lane >= 0.3 * 2**16 - 2**15 for lane in signed])
-        got = dropout_mask(torch.empty(1, 6, 7), 0.3, torch.tensor(seed))
-        torch.testing.assert_close(got.flatten().bool(), expected)
+        got = dropout_mask(torch.empty(2, channels, positions), 0.3, torch.tensor(seed))
+        for n in range(2):
+            key = number(seed % 2**64, n)
+            for place in range(positions):
+                for channel in range(channels):
+                    bits = hashed(place * 3 + channel // 2, key) >> 16 * (channel % 2) & 0xFFFF
+                    signed = bits - 2**16 if bits >= 2**15 else bits
+                    assert got[n, channel, place].item() == (signed >= round(0.3 * 2**16) - 2**15)
 
 
 def test_masks_lie_in_memory_as_their_input_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -151,28 +152,51 @@ def kernel_norm(
 
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 """The constants of SplitMix64 as int64."""
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
+"""Of `dropout_mask`, as int32."""
+
+
+def dropout_threshold(p: float) -> int:
+    """A value is dropped out where its 16 bits, as a signed number, are below this."""
+    return min(round(p * 2**16), 2**16 - 1) - 2**15
+
+
+def dropout_keys(seed: Tensor, samples: int) -> Tensor:
+    """(N,), int64: for each sample the number of SplitMix64 from a seed, both halves of which are keys."""
+    # Shifts of int64 keep the sign: what they shift in is masked away.
+    z = torch.arange(1, samples + 1, device=seed.device) * _GOLDEN + seed
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _FIRST
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _SECOND
+    return z ^ ((z >> 31) & (2**33 - 1))
 
 
 def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Which values of (N, C, *) a seed keeps: int8, 0 with probability ``p``, rounded to 1 / 65,536, and else 1.
 
-    Value i in the order of (N, C, *), however it lies in memory, takes 16 bits of the (i // 4)-th number of SplitMix64
-    from that seed, so that backward need not keep the mask, and every device makes the same. The mask lies in memory as
-    ``x`` does.
+    Two neighboring channels of a position take the halves of one 32-bit hash of their place in the sample, position by
+    position, keyed by two numbers that SplitMix64 makes of the seed for each sample. So backward need not keep the
+    mask, kernels find it wherever they are, every device makes the same, and the memory format does not matter: the
+    mask lies in memory as ``x`` does. Of 32 bits, places repeat after 2^33 values of one sample.
 
     Source:
-        Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 9 and section 4.
+        Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 9 and section 4; the hash
+        is a finalizer of the form that MurmurHash3 uses, with C. Wellons' constants ("lowbias32", 2018).
     """
-    n = x.numel()
-    # Shifts of int64 keep the sign: what they shift in is masked away.
-    z = torch.arange(1, (n + 3) // 4 + 1, device=x.device) * _GOLDEN + seed
-    z = (z ^ ((z >> 30) & (2**34 - 1))).mul_(_FIRST)
-    z = (z ^ ((z >> 27) & (2**37 - 1))).mul_(_SECOND)
-    z = z ^ ((z >> 31) & (2**33 - 1))
+    n, c = x.shape[:2]
+    positions, pairs = math.prod(x.shape[2:]), (c + 1) // 2
+    keys = dropout_keys(seed.to(x.device), n)
+    low, high = keys.to(torch.int32).unsqueeze(1), (keys >> 32).to(torch.int32).unsqueeze(1)
+    z = torch.arange(positions * pairs, device=x.device).to(torch.int32) ^ low
+    # Shifts of int32 keep the sign too, and products wrap.
+    z = (z ^ ((z >> 16) & 0xFFFF)).mul_(MULTIPLIERS[0])
+    z = (z ^ ((z >> 15) & 0x1FFFF)).add_(high).mul_(MULTIPLIERS[1])
+    z = z ^ ((z >> 16) & 0xFFFF)
     # Torch multiplies by an integer three times as fast as by a bool.
-    kept = (z.view(torch.int16)[:n] >= min(round(p * 2**16), 2**16 - 1) - 2**15).view(torch.int8)
-    kept = kept.view(x.shape)
-    return kept.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(x) else kept
+    kept = (z.view(torch.int16) >= dropout_threshold(p)).view(torch.int8)
+    kept = kept.view(n, *x.shape[2:], 2 * pairs)[..., :c].movedim(-1, 1)
+    if not channels_are_last(x):
+        return kept.contiguous()
+    return kept if c % 2 == 0 else kept.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def dropout(x: Tensor, p: float, eval_stats: EvalStats, training: bool) -> dict[str, Any]:
