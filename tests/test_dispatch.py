@@ -40,6 +40,16 @@ def test_the_first_kernel_that_does_not_refuse_runs(double: Op) -> None:
     assert double(4, times=3) == ("fast", 12)
 
 
+def test_a_kernel_may_be_asked_first(double: Op) -> None:
+    @double.kernel("tiny", refusal=lambda x, *, times=2: None if x < 4 else f"{x} is not tiny", first=True)
+    def double_tiny(x: int, *, times: int = 2) -> tuple[str, int]:
+        return "tiny", x * times
+
+    assert double(2) == ("tiny", 4)
+    assert double(4) == ("fast", 8)
+    assert list(dispatch.explain(double, 2)) == ["tiny", "fast", "small", "reference"]
+
+
 def test_by_name(double: Op) -> None:
     with backend("small"):
         assert double(4) == ("small", 8)

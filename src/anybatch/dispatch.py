@@ -38,13 +38,18 @@ class Op:
         self.kernels: list[Kernel] = []
         functools.update_wrapper(self, reference)
 
-    def kernel(self, backend: str, *, refusal: Refusal) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Attach a kernel: ``refusal`` takes the same arguments and returns why it cannot serve them, or None."""
+    def kernel(
+        self, backend: str, *, refusal: Refusal, first: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Attach a kernel, to be asked behind those that are attached already, or ``first``.
+
+        ``refusal`` takes the same arguments and returns why the kernel cannot serve them, or None.
+        """
 
         def attach(run: Callable[..., Any]) -> Callable[..., Any]:
             if any(kernel.backend == backend for kernel in self.kernels):
                 raise ValueError(f"{self.__name__} has a {backend!r} kernel already")
-            self.kernels.append(Kernel(backend, run, refusal))
+            self.kernels.insert(0 if first else len(self.kernels), Kernel(backend, run, refusal))
             return run
 
         return attach
