@@ -1,12 +1,12 @@
 """Fast paths, one file a backend and op. Importing this attaches each to its reference in `anybatch.methods`."""
 
 from anybatch.kernels import channel_moments as channel_moments
-from anybatch.kernels import fused_kn_conv as fused_kn_conv
 from anybatch.kernels import pixel_moments as pixel_moments
 from anybatch.kernels import recompute
 from anybatch.kernels import torch_batch_renorm as torch_batch_renorm
 from anybatch.kernels import torch_group_norm as torch_group_norm
 from anybatch.kernels import torch_weight_standardize as torch_weight_standardize
+from anybatch.kernels import triton_kn_conv as triton_kn_conv
 from anybatch.methods.batch_channel_norm import batch_channel_norm
 from anybatch.methods.batch_norm import frozen_batch_norm
 from anybatch.methods.batch_renorm import batch_renorm

@@ -87,13 +87,14 @@ class _KNConv(torch.autograd.Function):
             check_residual(residual, z.shape)
         done = stages.normalized(z, pixels, filters, bias, residual, at, p, eps, relu)
         ctx.stages, ctx.call, ctx.at, ctx.p, ctx.relu = stages, call, at, p, relu
-        ctx.save_for_backward(x, weight, bias, residual, seed, *done)
+        kept = filters if stages.keeps_filters else (None, None, None)
+        ctx.save_for_backward(x, weight, bias, residual, seed, *kept, *done)
         return done.y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            x, weight, bias, residual, seed, *kept = ctx.saved_tensors
+            x, weight, bias, residual, seed, centered, total, rest, *kept = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
@@ -108,7 +109,7 @@ class _KNConv(torch.autograd.Function):
         at, stages, done = ctx.at, ctx.stages, Normalized(*kept)
         if gradient.stride() != done.y.stride():  # expanded, say
             gradient = torch.empty_like(done.y).copy_(gradient)
-        filters: Filters = stages.filters(weight, x.dtype)
+        filters = stages.filters(weight, x.dtype) if centered is None else Filters(centered, total, rest)
         back = stages.pulled(gradient, done, filters.total, bias, residual, at, ctx.relu)
         needed = (*ctx.needs_input_grad[3:5], False)
         geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)

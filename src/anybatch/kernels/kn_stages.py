@@ -6,7 +6,7 @@ one channel, (N, 1, *), are in float32 or wider.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,9 @@ class Pulled(NamedTuple):
 
 class Stages:
     """Stages without state; each takes and gives tensors in the memory format of the activations."""
+
+    keeps_filters: ClassVar[bool] = False
+    """Whether the centered filters are kept for backward in place of being made anew there."""
 
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
         """The moments over channels, after dropout and without."""

@@ -80,7 +80,7 @@ class _PositionalNorm(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         wide = widened(x)
-        scales = (_wide_per_channel(p, wide) for p in (weight, bias))
+        scales = _wide_per_channel(weight, wide), _wide_per_channel(bias, wide)
         y, mean, rstd = _normalized(wide, *scales, eps, int(unbiased), activation)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.options = {"eps": eps, "unbiased": unbiased, "activation": activation}
@@ -94,7 +94,7 @@ class _PositionalNorm(torch.autograd.Function):
             reference = partial(positional_norm.reference, **ctx.options)
             return *recomputed_gradients(reference, given, gradient), None, None, None
         wide = widened(x)
-        scales = (_wide_per_channel(p, wide) for p in (weight, bias))
+        scales = _wide_per_channel(weight, wide), _wide_per_channel(bias, wide)
         options = (int(ctx.options["unbiased"]), ctx.options["activation"])
         found = _pulled_back(widened(gradient), wide, mean, rstd, *scales, *options)
         pairs = zip(given, found, strict=True)
