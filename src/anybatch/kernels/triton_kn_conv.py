@@ -6,7 +6,9 @@ never by the batch; only the number of rows whose parameter gradients one progra
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from anybatch.kernels.fused_kn_conv import kn_conv_in_stages
 from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages, rounds
-from anybatch.kernels.triton_common import refused_device
+from anybatch.kernels.triton_common import Plan, power_of_two, refused_device
 from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.windows import Windows
@@ -35,22 +37,22 @@ class _Layout(NamedTuple):
     channel: int
 
 
-def _layout(t: Tensor) -> _Layout:
+def _layout(shape: torch.Size, strides: tuple[int, ...]) -> _Layout:
     """Of (N, C, *) that `_steps` takes."""
-    if (layout := _steps(t)) is None:
-        raise ValueError(f"a map of shape {tuple(t.shape)} and strides {t.stride()} is no layout of kernels")
+    if (layout := _steps(shape, strides)) is None:
+        raise ValueError(f"a map of shape {tuple(shape)} and strides {strides} is no layout of kernels")
     return layout
 
 
-def _steps(t: Tensor) -> _Layout | None:
+@functools.lru_cache(4096)
+def _steps(shape: torch.Size, strides: tuple[int, ...]) -> _Layout | None:
     """None where the positions of (N, C, *) are not one step apart."""
-    step = t.stride(-1) if t.dim() > 2 else 1
-    expected = step
-    for size, stride in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
+    step = expected = strides[-1]
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
         if size > 1 and stride != expected:
             return None
         expected *= size
-    return _Layout(t.stride(0), step, t.stride(1))
+    return _Layout(strides[0], step, strides[1])
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
         return "x is float64, which its statistics are not taken in"
     if not 3 <= x.dim() <= 5 or x.dim() != weight.dim() or x.numel() == 0:
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions with values"
-    if _steps(x) is None:
+    if _steps(x.shape, x.stride()) is None:
         return "x is neither contiguous nor channels last"
     if x[0].numel() >= 2**31:
         return f"a sample of x has {x[0].numel()} values, 2^31 or more"
@@ -79,37 +81,26 @@ class _Blocks(NamedTuple):
 
     positions: int
     channels: int
-    warps: int = 4
 
 
 def _blocks(channels: int, positions: int, layout: _Layout, tile: int = _TILE) -> _Blocks:
     if layout.channel == 1 or positions == 1:
-        columns = min(_power_of_two(max(channels, 16)), _MOST_CHANNELS)
+        columns = min(power_of_two(max(channels, 16)), _MOST_CHANNELS)
         rows = max(1, tile // columns)
     else:
         rows, columns = 128, tile // 128
-    return _Blocks(min(rows, _power_of_two(positions)), columns)
+    return _Blocks(min(rows, power_of_two(positions)), columns)
 
 
-def _power_of_two(n: int) -> int:
-    """The first from ``n`` on."""
-    return 1 << max(n - 1, 0).bit_length()
+def _three(sizes: Sequence[int], missing: int = 1) -> tuple[int, ...]:
+    """One number for each of three dimensions, the outermost first."""
+    return (missing,) * (3 - len(sizes)) + tuple(sizes)
 
 
-def _geometry(at: Windows, positions: torch.Size, windows: torch.Size) -> dict[str, int]:
-    """Names of the kernels' arguments and their values, for three dimensions."""
-    missing = 3 - len(at.kernel)
-    named = {
-        "": ("DHW", (1,) * missing + tuple(positions)),
-        "O": ("DHW", (1,) * missing + tuple(windows)),
-        "K": ("DHW", (1,) * missing + at.kernel),
-        "S": ("DHW", (1,) * missing + at.stride),
-        "P": ("DHW", (0,) * missing + tuple(before for before, _ in at.pads)),
-        "L": ("DHW", (1,) * missing + at.dilation),
-    }
-    return {
-        first + letter: n for first, (letters, sizes) in named.items() for letter, n in zip(letters, sizes, strict=True)
-    }
+def _places(at: Windows) -> tuple[int, ...]:
+    """Kernel, stride, padding and dilation, three numbers each."""
+    pads = [before for before, _ in at.pads]
+    return *_three(at.kernel), *_three(at.stride), *_three(pads, 0), *_three(at.dilation)
 
 
 def _as_rows(weight: Tensor) -> Tensor:
@@ -119,29 +110,119 @@ def _as_rows(weight: Tensor) -> Tensor:
     return weight if dense and weight.stride(0) == size else weight.contiguous()
 
 
+# Plans, by all that they and the dtypes of their tensors follow from.
+_planned = functools.lru_cache(4096)
+_Dtypes = tuple[torch.dtype | None, ...]
+
+
+@_planned
+def _pixels(shape: torch.Size, strides: tuple[int, ...], _: torch.dtype, p: float, drops: bool) -> Plan:
+    layout, (n, channels), positions = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    rows, columns = _blocks(channels, positions, layout)
+    numbers = (dropout_threshold(p), positions, channels, *layout, drops, rows, columns)
+    return Plan(_kernels().pixel_moments, (n * -(-positions // rows),), numbers)
+
+
+@_planned
+def _centering(filters: int, size: int, _: _Dtypes) -> Plan:
+    return Plan(_kernels().center_filters, (filters,), (size, min(power_of_two(size), 2048)))
+
+
+@_planned
+def _normalizing(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    positions: torch.Size,
+    at: Windows,
+    p: float,
+    eps: float,
+    drops: bool,
+    rests: bool,
+    residual: bool,
+    alone: bool,
+    relu: bool,
+    dtypes: _Dtypes,
+) -> Plan:
+    layout, (n, filters), windows = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    rows, columns = _blocks(filters, windows, layout)
+    numbers = (
+        windows, filters, *layout, *_three(positions), *_three(shape[2:])[1:], *_places(at), 1 - p, eps,
+        drops, rests, dtypes[1] is not None, residual, alone, relu, power_of_two(at.positions), rows, columns,
+    )  # fmt: skip
+    return Plan(_kernels().normalized, (n * -(-windows // rows), -(-filters // columns)), numbers)
+
+
+class _Pulling(NamedTuple):
+    plan: Plan
+    programs: int
+
+
+@_planned
+def _pulling(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    drops: bool,
+    subtracts: bool,
+    relu: bool,
+    masked: bool,
+    dtypes: _Dtypes,
+) -> _Pulling:
+    layout, (n, filters), windows = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    rows, columns = _blocks(filters, windows, layout, _TILE // 2)  # of several tensors
+    sees_all, together = columns >= filters, rows
+    while sees_all and together < windows and n * windows > 1024 * together:
+        together *= 2  # fewer sums to add up where there are programs enough for every processor
+    programs = n * -(-windows // together)
+    numbers = (
+        windows, filters, *layout,
+        drops, dtypes[1] is not None, subtracts, relu, masked, sees_all, together, rows, columns,
+    )  # fmt: skip
+    return _Pulling(Plan(_kernels().pulled, (programs,), numbers), programs)
+
+
+@_planned
+def _through_filters(filters: int, size: int, drops: bool, _: _Dtypes) -> Plan:
+    return Plan(_kernels().through_filters, (filters,), (size, drops, min(power_of_two(size), 2048)))
+
+
+@_planned
+def _through_moments(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    strides_of_x: tuple[int, ...],
+    windows: torch.Size,
+    at: Windows,
+    p: float,
+    drops: bool,
+    _: torch.dtype,
+) -> Plan:
+    layout, (n, channels), positions = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    rows, columns = _blocks(channels, positions, layout)
+    numbers = (
+        dropout_threshold(p), positions, channels, *layout, *_layout(shape, strides_of_x), *_three(shape[2:])[1:],
+        *_three(windows), *_places(at), 1 - p, drops, power_of_two(at.positions), rows, columns,
+    )  # fmt: skip
+    return Plan(_kernels().through_moments, (n * -(-positions // rows), -(-channels // columns)), numbers)
+
+
+def _dtypes(*tensors: Tensor | None) -> _Dtypes:
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
 class TritonStages(Stages):
     keeps_filters = True  # as autocast keeps its rounded weights
 
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
-        layout = _layout(x)
-        positions = math.prod(x.shape[2:])
-        found = x.new_empty((2 if seed is None else 3, x.shape[0], 1, *x.shape[2:]), dtype=torch.float32)
-        mean, var, own = (*found, None) if seed is None else found
-        blocks = _blocks(x.shape[1], positions, layout)
-        grid = (x.shape[0] * -(-positions // blocks.positions),)
-        _kernels().pixel_moments[grid](
-            x, mean, var, own, seed, dropout_threshold(p), positions, x.shape[1], *layout,
-            DROPS=seed is not None, BLOCK_P=blocks.positions, BLOCK_C=blocks.channels, num_warps=blocks.warps,
-        )  # fmt: skip
+        found = _fields(3 if seed is not None else 2, x)
+        mean, var, own = found if seed is not None else (*found, None)
+        _pixels(x.shape, x.stride(), x.dtype, p, seed is not None)(x, mean, var, own, seed)
         return Pixels(mean, var, own)
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
         weight = _as_rows(weight)
         centered = torch.empty_like(weight, dtype=dtype)
-        total, rest = weight.new_empty((2, len(weight)), dtype=torch.float32)
-        size = weight[0].numel()
-        block = min(_power_of_two(size), 2048)
-        _kernels().center_filters[(len(weight),)](weight, centered, total, rest, size, BLOCK=block)
+        total, rest = weight.new_empty((2, len(weight)), dtype=torch.float32).unbind()
+        _centering(len(weight), weight[0].numel(), (weight.dtype, dtype))(weight, centered, total, rest)
         return Filters(centered, total, rest if rounds(dtype) else None)
 
     def normalized(
@@ -157,24 +238,17 @@ class TritonStages(Stages):
         relu: bool,
     ) -> Normalized:
         drops = pixels.own is not None
-        z = z if _steps(z) else z.contiguous()
-        layout = _layout(z)
-        windows, count = math.prod(z.shape[2:]), z.shape[1]
-        found = z.new_empty((3 if drops else 2, z.shape[0], 1, *z.shape[2:]), dtype=torch.float32)
+        z = z if _steps(z.shape, z.stride()) else z.contiguous()
+        found = _fields(3 if drops else 2, z)
         mean, scale, apart = found if drops else (*found, None)
         alone = residual is not None and rounds(z.dtype)
         y = torch.empty_like(z) if alone else z
-        blocks = _blocks(count, windows, layout)
-        grid = (z.shape[0] * -(-windows // blocks.positions), -(-count // blocks.channels))
-        geometry = _geometry(at, pixels.mean.shape[2:], z.shape[2:])
-        del geometry["OD"]
-        _kernels().normalized[grid](
-            z, y, None if residual is None else _laid_out(residual, z), pixels.mean, pixels.var, pixels.own,
-            filters.total, filters.rest, bias, mean, scale, apart, windows, count, *layout, **geometry,
-            kept_rate=1 - p, eps=eps, DROPS=drops, RESTS=filters.rest is not None, BIASED=bias is not None,
-            RESIDUAL=residual is not None, ALONE=alone, RELU=relu, TAPS=_power_of_two(at.positions),
-            BLOCK_W=blocks.positions, BLOCK_O=blocks.channels, num_warps=blocks.warps,
+        residual = None if residual is None else _laid_out(residual, z)
+        plan = _normalizing(
+            z.shape, z.stride(), pixels.mean.shape[2:], at, p, eps, drops, filters.rest is not None,
+            residual is not None, alone, relu, _dtypes(z, bias),
         )  # fmt: skip
+        plan(z, y, residual, *pixels, filters.total, filters.rest, bias, mean, scale, apart)
         return Normalized(y, mean, scale, apart, z if alone else None)
 
     def pulled(
@@ -188,54 +262,42 @@ class TritonStages(Stages):
         relu: bool,
     ) -> Pulled:
         y, drops = done.y, done.apart is not None
-        layout = _layout(y)
-        samples, count, windows = y.shape[0], y.shape[1], math.prod(y.shape[2:])
-        blocks = _blocks(count, windows, layout, _TILE // 2)  # of several tensors
-        sees_all = blocks.channels >= count
-        rows = blocks.positions
-        while sees_all and rows < windows and samples * windows > 1024 * rows:
-            rows *= 2  # fewer sums to add up where there are programs enough for every processor
-        programs = samples * -(-windows // rows)
+        taken = None if residual is None or done.own is not None else _laid_out(residual, y)
         h = torch.empty_like(y)
         masked = torch.empty_like(y) if relu and residual is not None else None
-        g_var = torch.empty_like(done.scale)
-        g_own = torch.empty_like(done.scale) if drops else None
-        partial = y.new_empty((programs, 2, count), dtype=torch.float32)
-        taken = None if residual is None or done.own is not None else _laid_out(residual, y)
-        _kernels().pulled[(programs,)](
+        found = _fields(2 if drops else 1, y)
+        g_var, g_own = found if drops else (*found, None)
+        plan, programs = _pulling(
+            y.shape, y.stride(), drops, taken is not None, relu, masked is not None, _dtypes(y, bias)
+        )
+        partial = y.new_empty((programs, 2, y.shape[1]), dtype=torch.float32)
+        plan(
             gradient, y, y if done.own is None else done.own, taken, bias, total, done.scale, done.apart, h, masked,
-            g_var, g_own, partial, windows, count, *layout, DROPS=drops, BIASED=bias is not None,
-            SUBTRACTS=taken is not None, RELU=relu, MASKED=masked is not None, ALL=sees_all, ROWS=rows,
-            BLOCK_W=blocks.positions, BLOCK_O=blocks.channels, num_warps=blocks.warps,
+            g_var, g_own, partial,
         )  # fmt: skip
-        g_bias, g_total = partial.sum(0)
+        g_bias, g_total = partial.sum(0).unbind()
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total if drops else None)
 
     def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         g = _as_rows(g_centered)
         g_weight = torch.empty_like(g, dtype=dtype)
-        size = g[0].numel()
-        block = min(_power_of_two(size), 2048)
-        _kernels().through_filters[(len(g),)](g, g_weight, g_total, size, DROPS=g_total is not None, BLOCK=block)
+        plan = _through_filters(len(g), g[0].numel(), g_total is not None, (g.dtype, dtype))
+        plan(g, g_weight, g_total)
         return g_weight
 
     def through_moments(
         self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
     ) -> Tensor:
-        g_x = g_x if _steps(g_x) else torch.empty_like(x).copy_(g_x)
-        layout = _layout(g_x)
-        positions = math.prod(x.shape[2:])
-        blocks = _blocks(x.shape[1], positions, layout)
-        grid = (x.shape[0] * -(-positions // blocks.positions), -(-x.shape[1] // blocks.channels))
-        geometry = _geometry(at, x.shape[2:], done.mean.shape[2:])
-        del geometry["D"]
-        _kernels().through_moments[grid](
-            g_x, x, done.mean, back.var, back.own, seed, dropout_threshold(p), positions, x.shape[1], *layout,
-            **dict(zip(("stride_xn", "stride_xp", "stride_xc"), _layout(x), strict=True)), **geometry,
-            kept_rate=1 - p, DROPS=seed is not None, TAPS=_power_of_two(at.positions),
-            BLOCK_P=blocks.positions, BLOCK_C=blocks.channels, num_warps=blocks.warps,
-        )  # fmt: skip
+        g_x = g_x if _steps(g_x.shape, g_x.stride()) else torch.empty_like(x).copy_(g_x)
+        windows, drops = done.mean.shape[2:], seed is not None
+        plan = _through_moments(x.shape, g_x.stride(), x.stride(), windows, at, p, drops, x.dtype)
+        plan(g_x, x, done.mean, back.var, back.own, seed)
         return g_x
+
+
+def _fields(count: int, like: Tensor) -> tuple[Tensor, ...]:
+    """So many maps of one channel for (N, C, *), (N, 1, *) each."""
+    return like.new_empty((count, like.shape[0], 1, *like.shape[2:]), dtype=torch.float32).unbind()
 
 
 def _kernels() -> Any:
@@ -245,5 +307,8 @@ def _kernels() -> Any:
 
 
 @kn_conv.kernel("triton", refusal=_refusal, first=True)
-def triton_kn_conv(*args: Any, **options: Any) -> Tensor:
-    return kn_conv_in_stages(TritonStages(), *args, **options)
+def triton_kn_conv(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # on which kernels are launched
+        with torch.cuda.device(x.device):
+            return kn_conv_in_stages(TritonStages(), x, *args, **options)
+    return kn_conv_in_stages(TritonStages(), x, *args, **options)
