@@ -20,6 +20,13 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and TRITON_INTERPRET is not 1")
 
+
+@pytest.fixture(autouse=True)
+def _all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32, and not in TF32 as a GPU does by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 SEED = torch.tensor(7, device=DEVICE)
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
