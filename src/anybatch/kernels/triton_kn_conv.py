@@ -69,8 +69,10 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions with values"
     if _steps(x.shape, x.stride()) is None:
         return "x is neither contiguous nor channels last"
-    if x[0].numel() >= 2**31:
-        return f"a sample of x has {x[0].numel()} values, 2^31 or more"
+    if (span := sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))) >= 2**31:
+        return f"a sample of x spans {span} values, 2^31 or more"
+    if len(weight) * x[0, 0].numel() >= 2**30:  # with room for what padding adds
+        return f"a sample of the result may have {len(weight) * x[0, 0].numel()} values, 2^30 or more"
     if weight[0, 0].numel() > _MOST_TAPS:
         return f"a window has {weight[0, 0].numel()} positions, more than {_MOST_TAPS}"
     return None
@@ -154,6 +156,7 @@ def _normalizing(
 
 class _Pulling(NamedTuple):
     plan: Plan
+    adding_up: Plan
     programs: int
 
 
@@ -162,6 +165,7 @@ def _pulling(
     shape: torch.Size,
     strides: tuple[int, ...],
     drops: bool,
+    alone: bool,
     subtracts: bool,
     relu: bool,
     masked: bool,
@@ -170,14 +174,16 @@ def _pulling(
     layout, (n, filters), windows = _layout(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(filters, windows, layout, _TILE // 2)  # of several tensors
     sees_all, together = columns >= filters, rows
-    while sees_all and together < windows and n * windows > 1024 * together:
+    while sees_all and together < windows and n * windows > 512 * together:
         together *= 2  # fewer sums to add up where there are programs enough for every processor
     programs = n * -(-windows // together)
     numbers = (
         windows, filters, *layout,
-        drops, dtypes[1] is not None, subtracts, relu, masked, sees_all, together, rows, columns,
+        drops, dtypes[1] is not None, alone, subtracts, relu, masked, sees_all, together, rows, columns,
     )  # fmt: skip
-    return _Pulling(Plan(_kernels().pulled, (programs,), numbers), programs)
+    sums = filters * (1 + drops)
+    adding_up = Plan(_kernels().added_up, (-(-sums // 16),), (programs, sums, 64, 16))
+    return _Pulling(Plan(_kernels().pulled, (programs,), numbers), adding_up, programs)
 
 
 @_planned
@@ -267,16 +273,18 @@ class TritonStages(Stages):
         masked = torch.empty_like(y) if relu and residual is not None else None
         found = _fields(2 if drops else 1, y)
         g_var, g_own = found if drops else (*found, None)
-        plan, programs = _pulling(
-            y.shape, y.stride(), drops, taken is not None, relu, masked is not None, _dtypes(y, bias)
-        )
-        partial = y.new_empty((programs, 2, y.shape[1]), dtype=torch.float32)
-        plan(
-            gradient, y, y if done.own is None else done.own, taken, bias, total, done.scale, done.apart, h, masked,
-            g_var, g_own, partial,
+        plan, adding_up, programs = _pulling(
+            y.shape, y.stride(), drops, done.own is not None, taken is not None, relu, masked is not None,
+            _dtypes(y, bias),
         )  # fmt: skip
-        g_bias, g_total = partial.sum(0).unbind()
-        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total if drops else None)
+        partial = y.new_empty((programs, 1 + drops, y.shape[1]), dtype=torch.float32)
+        sums = torch.empty_like(partial[0])
+        plan(
+            gradient, y, done.own, taken, bias, total, done.scale, done.apart, h, masked, g_var, g_own, partial,
+        )  # fmt: skip
+        adding_up(partial, sums)
+        g_bias, g_total = sums if drops else (sums[0], None)
+        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
     def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         g = _as_rows(g_centered)

@@ -2,8 +2,8 @@
 
 Activations are positions of a sample by channels, with any strides; maps of one channel are plain vectors of positions
 (of the input, "pixels") or of windows (of the output). Programs are numbered sample by sample and see positions of one
-sample, so that its result does not depend on the batch. Geometry is given for three dimensions, outermost first,
-missing ones as one position.
+sample, so that its result does not depend on the batch; within a sample places in memory are counted in 32 bits.
+Geometry is given for three dimensions, outermost first, missing ones as one position.
 """
 
 # Triton is typed for what is called on the host, and settles branches as it compiles:
@@ -67,14 +67,14 @@ def pixel_moments(
     n, place = _rows(positions, BLOCK_P)
     there = place < positions
     row = n * positions + place
-    start_of_row = n * stride_n + place.to(tl.int64) * stride_p
+    x_ptr += n * stride_n
     mean = tl.zeros((BLOCK_P,), tl.float32)
     squares = tl.zeros((BLOCK_P,), tl.float32)
     own = tl.zeros((BLOCK_P,), tl.float32)
     for first in range(0, channels, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         inside = there[:, None] & (c < channels)[None, :]
-        x = tl.load(x_ptr + start_of_row[:, None] + c.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
+        x = tl.load(x_ptr + place[:, None] * stride_p + c[None, :] * stride_c, mask=inside, other=0.0)
         x = x.to(tl.float32)
         if DROPS:
             own += tl.sum(x, axis=1)
@@ -169,8 +169,8 @@ def normalized(
 
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     mask = there[:, None] & (o < filters)[None, :]
-    place = (n * stride_n + window.to(tl.int64) * stride_w)[:, None] + o.to(tl.int64)[None, :] * stride_o
-    y = tl.load(z_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    place = window[:, None] * stride_w + o[None, :] * stride_o
+    y = tl.load(z_ptr + n * stride_n + place, mask=mask, other=0.0).to(tl.float32)
     if RESTS:
         rest = tl.load(rest_ptr + o, mask=o < filters, other=0.0)
         y -= own[:, None] * rest[None, :]
@@ -182,13 +182,13 @@ def normalized(
         y += tl.load(bias_ptr + o, mask=o < filters, other=0.0).to(tl.float32)[None, :]
     y = _rounded(y, y_ptr.dtype.element_ty)
     if ALONE:
-        tl.store(z_ptr + place, y, mask=mask)
+        tl.store(z_ptr + n * stride_n + place, y, mask=mask)
     if RESIDUAL:
-        residual = tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + n * stride_n + place, mask=mask, other=0.0).to(tl.float32)
         y = _rounded(y.to(tl.float32) + residual, y_ptr.dtype.element_ty)
     if RELU:
         y = tl.where(y < 0, 0.0, y)  # NaN stays
-    tl.store(y_ptr + place, y, mask=mask)
+    tl.store(y_ptr + n * stride_n + place, y, mask=mask)
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def _store_of_windows(var_ptr, own_ptr, along, through, scale, row, there, DROPS
 def pulled(
     g_ptr,  # (N, O, *): of y
     y_ptr,  # (N, O, *)
-    own_ptr,  # (N, O, *): what the convolution gave, or y
+    own_ptr,  # (N, O, *): what the convolution gave
     residual_ptr,  # (N, O, *): to be taken from y
     bias_ptr,  # (O,), as the next
     total_ptr,
@@ -212,7 +212,7 @@ def pulled(
     masked_ptr,  # (N, O, *): g behind the activation
     g_var_ptr,  # (rows,), as the next
     g_own_ptr,
-    partial_ptr,  # (programs, 2, O): sums of g, and of g scale apart
+    partial_ptr,  # (programs, 1 or 2, O): sums of g, and of g scale apart
     windows,
     filters,  # O
     stride_n,
@@ -220,6 +220,7 @@ def pulled(
     stride_o,
     DROPS: tl.constexpr,
     BIASED: tl.constexpr,
+    ALONE: tl.constexpr,  # whether own is not y
     SUBTRACTS: tl.constexpr,
     RELU: tl.constexpr,
     MASKED: tl.constexpr,
@@ -232,13 +233,15 @@ def pulled(
     program = tl.program_id(0)
     n = (program // tiles).to(tl.int64)
     start = program % tiles * ROWS
+    sample = n * stride_n
     along = tl.zeros((BLOCK_W,), tl.float32)
     through = tl.zeros((BLOCK_W,), tl.float32)
     for first in range(0, filters, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         real = o < filters
-        g_bias = tl.zeros((BLOCK_O,), tl.float32)
-        g_total = tl.zeros((BLOCK_O,), tl.float32)
+        # Added up over rows at the end alone: that takes all threads.
+        g_bias = tl.zeros((BLOCK_W, BLOCK_O), tl.float32)
+        g_total = tl.zeros((BLOCK_W, BLOCK_O), tl.float32)
         if BIASED:
             bias = tl.load(bias_ptr + o, mask=real, other=0.0).to(tl.float32)
         if DROPS:
@@ -248,46 +251,65 @@ def pulled(
             row = n * windows + window
             there = window < windows
             mask = there[:, None] & real[None, :]
-            place = (n * stride_n + window.to(tl.int64) * stride_w)[:, None] + o.to(tl.int64)[None, :] * stride_o
-            g = tl.load(g_ptr + place, mask=mask, other=0.0)
-            y = tl.load(y_ptr + place, mask=mask, other=0.0)
+            place = window[:, None] * stride_w + o[None, :] * stride_o
+            g = tl.load(g_ptr + sample + place, mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + sample + place, mask=mask, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + row, mask=there, other=0.0)
             if RELU:
-                g = tl.where(y <= 0, 0.0, g).to(g_ptr.dtype.element_ty)
+                g = tl.where(y <= 0, 0.0, g)
             if MASKED:
-                tl.store(masked_ptr + place, g, mask=mask)
-            g = g.to(tl.float32)
+                tl.store(masked_ptr + sample + place, _rounded(g, masked_ptr.dtype.element_ty), mask=mask)
+            own = y
+            if ALONE:
+                own = tl.load(own_ptr + sample + place, mask=mask, other=0.0).to(tl.float32)
             if SUBTRACTS:
-                own = y.to(tl.float32) - tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            else:
-                own = tl.load(own_ptr + place, mask=mask, other=0.0).to(tl.float32)
+                own -= tl.load(residual_ptr + sample + place, mask=mask, other=0.0).to(tl.float32)
             if BIASED:
                 own -= bias[None, :]
+            h = g * scale[:, None]
+            tl.store(h_ptr + sample + place, _rounded(h, h_ptr.dtype.element_ty), mask=mask)
+            g_bias += g
             if ALL:
                 along = tl.sum(g * own, axis=1)
             else:
                 along += tl.sum(g * own, axis=1)
-            scale = tl.load(scale_ptr + row, mask=there, other=0.0)
-            h = g * scale[:, None]
-            tl.store(h_ptr + place, _rounded(h, h_ptr.dtype.element_ty), mask=mask)
-            g_bias += tl.sum(g, axis=0)
             if DROPS:
+                apart = tl.load(apart_ptr + row, mask=there, other=0.0)
+                g_total += h * apart[:, None]
                 if ALL:
                     through = tl.sum(h * total[None, :], axis=1)
                 else:
                     through += tl.sum(h * total[None, :], axis=1)
-                apart = tl.load(apart_ptr + row, mask=there, other=0.0)
-                g_total += tl.sum(h * apart[:, None], axis=0)
             if ALL:
                 _store_of_windows(g_var_ptr, g_own_ptr, along, through, scale, row, there, DROPS)
-        at = partial_ptr + program.to(tl.int64) * 2 * filters + o
-        tl.store(at, g_bias, mask=real)
-        tl.store(at + filters, g_total, mask=real)
+        at = partial_ptr + program.to(tl.int64) * (1 + DROPS) * filters + o
+        tl.store(at, tl.sum(g_bias, axis=0), mask=real)
+        if DROPS:
+            tl.store(at + filters, tl.sum(g_total, axis=0), mask=real)
     if not ALL:
         window = start + tl.arange(0, BLOCK_W)
         row = n * windows + window
         there = window < windows
         scale = tl.load(scale_ptr + row, mask=there, other=0.0)
         _store_of_windows(g_var_ptr, g_own_ptr, along, through, scale, row, there, DROPS)
+
+
+@triton.jit
+def added_up(
+    partial_ptr,  # (R, S)
+    sums_ptr,  # (S,)
+    rows,  # R
+    size,  # S
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    sums = tl.zeros((BLOCK_R, BLOCK_S), tl.float32)
+    for first in range(0, rows, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & (s < size)[None, :]
+        sums += tl.load(partial_ptr + row.to(tl.int64)[:, None] * size + s[None, :], mask=mask, other=0.0)
+    tl.store(sums_ptr + s, tl.sum(sums, axis=0), mask=s < size)
 
 
 @triton.jit
@@ -344,9 +366,8 @@ def through_moments(
     first = tl.program_id(1) * BLOCK_C
     column = first + tl.arange(0, BLOCK_C)
     mask = there[:, None] & (column < channels)[None, :]
-    column, place = column.to(tl.int64), place.to(tl.int64)
-    at_x = (n * stride_xn + place * stride_xp)[:, None] + column[None, :] * stride_xc
-    at_g = (n * stride_n + place * stride_p)[:, None] + column[None, :] * stride_c
+    at_x = n * stride_xn + (place[:, None] * stride_xp + column[None, :] * stride_xc)
+    at_g = n * stride_n + (place[:, None] * stride_p + column[None, :] * stride_c)
     x = tl.load(x_ptr + at_x, mask=mask, other=0.0).to(tl.float32)
     through = slope[:, None] * x + offset[:, None]
     if DROPS:
