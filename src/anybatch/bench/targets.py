@@ -138,6 +138,8 @@ TARGETS: tuple[Target, ...] = (
             {"what": "output, bfloat16"}, number="value", reduce="largest"),
     _gpu("KN step, ResNet-50, batch 32-128, eager", "2.6-3.0", 0.95, 0.75, "step", _ANY_KN,
          _R50 | {"batch_size": (32, 128)}, "eager"),
+    _gpu("KN step, ResNet-50, batch 32-128, CUDA graphs", "", 0.95, 0.75, "step", _ANY_KN,
+         _R50 | {"batch_size": (32, 128)}, "graph"),
     _gpu("KN step, ResNet-50, batch 2-8, CUDA graphs", "", 0.85, 0.60, "step", _ANY_KN, _R50 | _SMALL, "graph"),
     _gpu("GN + ReLU, channels_last", "2", 1.0, 0.65, "norm", "gn", {}, "graph"),
 )  # fmt: skip
