@@ -64,7 +64,14 @@ OTHER = {
     "train.ema": 0.99,
     "train.ema_warmup": True,
     "train.eval_every": 2,
+    "privacy.epsilon": 3.0,
+    "privacy.delta": 1e-06,
+    "privacy.max_grad_norm": 0.5,
+    "privacy.accountant": "prv",
+    "privacy.seeded": True,
 }
+# Keys that go with all others.
+TOGETHER = OTHER | {"data.accumulate": 1, "privacy.epsilon": None}
 
 
 def paths(model: type[BaseModel], above: str = "") -> list[str]:
@@ -84,7 +91,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     for i, recipe in enumerate(
         [
             Recipe(),
-            Recipe().replace(OTHER | {"data.accumulate": 1}),
+            Recipe().replace(TOGETHER),
             *(Recipe().replace({k: v}) for k, v in OTHER.items()),
         ]
     ):
@@ -157,7 +164,10 @@ def test_schemes_are_set_as_they_are_written(scheme: str) -> None:
     [
         ({"data.bach_size": 2}, r"unknown key 'bach_size' in 'data\.bach_size'; did you mean batch_size"),
         ({"dta.batch_size": 2}, r"unknown key 'dta' in 'dta\.batch_size'; did you mean data"),
-        ({"batch_size": 2}, r"unknown key 'batch_size' in 'batch_size'; Known: data, model, optim, schedule, train"),
+        (
+            {"batch_size": 2},
+            r"unknown key 'batch_size' in 'batch_size'; Known: data, model, optim, privacy, schedule, train",
+        ),
         ({"": 2}, "unknown key ''"),
         ({"data": {}}, r"'data' is a section; set one of its keys, such as data\.name"),
         ({"model.name.first": "x"}, r"'model\.name\.first': 'name' has no keys of its own"),

@@ -16,7 +16,7 @@ from anybatch.data import Mix
 from anybatch.optim import lr_factor
 from anybatch.recipe import Recipe, Schedule
 
-PUBLISHED = [name for name in recipes.RECIPES if name.startswith(("gn-", "ws-", "bit-", "kn-", "nf"))]
+PUBLISHED = [name for name in recipes.RECIPES if name.startswith(("gn-", "ws-", "bit-", "kn-", "nf", "dp-"))]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,29 @@ IMAGENET = {"data.name": "imagefolder", "data.size": 224, "data.crop_area": 0.08
             },
         ),
         (
+            "dp-cifar10",
+            4096,
+            2.0,
+            {
+                "model.name": "knresnet13",
+                "model.options.act": "mish",
+                "data.name": "cifar10",
+                "data.normalize": "unit",
+                "optim.momentum": 0,
+                "optim.weight_decay": 0,
+                "schedule.name": "step",
+                "schedule.epochs": 100,
+                "schedule.warmup": 0,
+                "schedule.milestones": (0.5, 0.75),
+                "schedule.factor": 0.5,
+                "privacy.epsilon": 6,
+                "privacy.delta": 1e-5,
+                "privacy.max_grad_norm": 1.5,
+                "privacy.accountant": "rdp",
+                "privacy.seeded": False,
+            },
+        ),
+        (
             "nfnet-f-sam-imagenet",
             4096,
             1.6,
@@ -156,7 +179,7 @@ def test_settings_are_the_published_ones(name: str, images: int, peak: float, pu
     recipe = recipes.named(name)
     assert recipe.data.batch_size * recipe.data.accumulate * recipe.train.devices == images
     assert recipe.peak_lr == pytest.approx(peak, rel=1e-12)
-    assert (recipe.optim.name, recipe.optim.momentum) == ("sgd", 0.9)
+    assert (recipe.optim.name, recipe.optim.momentum) == ("sgd", published.get("optim.momentum", 0.9))
     assert {path: at(recipe, path) for path in published} == published
 
 
@@ -184,6 +207,8 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_quick_twins_train(name: str, folder: Path) -> None:
+    if name.startswith("dp-"):
+        pytest.importorskip("opacus", reason="private recipes take opacus")
     recipe = recipes.named(f"{name}-quick").replace(
         {"data.root": str(folder), "data.train_size": 16, "data.val_size": 16, "train.accelerator": "cpu"}
     )
@@ -202,14 +227,6 @@ def test_the_list_says_what_a_recipe_needs_and_gives(name: str) -> None:
     assert "arXiv:" in told
     assert "hours are not" in told
     assert "Differs" not in told
-
-
-def test_nothing_trains_without_privacy_under_the_name_of_the_private_recipe() -> None:
-    for name in ("dp-cifar10", "dp-cifar10-quick"):
-        with pytest.raises(
-            ValueError, match="dp-cifar10 is not there: it takes per-sample gradients, noise and a privacy"
-        ):
-            recipes.named(name)
 
 
 def test_steps_of_the_learning_rate() -> None:

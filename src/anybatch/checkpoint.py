@@ -42,6 +42,8 @@ class ModelFacts:
     """On the evaluated images, 0 to 1."""
     epochs: int
     version: str
+    epsilon: float | None = None
+    """Of a private run: the privacy spent, at the recipe's `privacy.delta`."""
 
 
 def save_model(model: nn.Module, facts: ModelFacts, folder: Path) -> None:

@@ -388,8 +388,10 @@ def train(
         _print_json(row)
     else:
         curve = row["curve"][-1]
+        spent = row.get("privacy")
+        told = "" if spent is None else f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}, "
         out_console.print(
-            f"error {100 * curve['error']:.2f} % after {curve['epoch']} epochs, "
+            f"error {100 * curve['error']:.2f} % after {curve['epoch']} epochs, {told}"
             f"{row['images_per_second']:.0f} images/s; model in {folder}",
             highlight=False,
             soft_wrap=True,

@@ -21,7 +21,7 @@ from anybatch import data
 from anybatch.files import write_file
 from anybatch.optim import SAM, lr_factor, make_optimizer
 from anybatch.recipe import Recipe
-from anybatch.rows import Evaluation
+from anybatch.rows import Evaluation, PrivacyFacts
 from anybatch.schemes import scheme
 from anybatch.step import DivergedError, training_loss, wrong_and_losses
 
@@ -75,16 +75,17 @@ class EpochSampler(DistributedSampler):
         self.generator = torch.Generator()  # the loader draws its workers' seeds from it
 
     @property
-    def _epoch_seed(self) -> int:
+    def epoch_seed(self) -> int:
+        """From which this rank draws in this epoch."""
         return (self.seed + self.epoch) * 1_009 + self.rank
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
-        self.generator.manual_seed(self._epoch_seed)
+        self.generator.manual_seed(self.epoch_seed)
 
     def __iter__(self) -> Iterator[int]:
         # Not in set_epoch, which Lightning calls a second time, after the first batch, where a run is resumed.
-        torch.manual_seed(self._epoch_seed)
+        torch.manual_seed(self.epoch_seed)
         return super().__iter__()
 
 
@@ -117,12 +118,16 @@ class Loaders(L.LightningDataModule):
             raise RuntimeError("Lightning asks for loaders before it has set the trainer")
         return self.trainer
 
-    def train_dataloader(self) -> DataLoader:
+    def epoch_sampler(self) -> EpochSampler:
+        """The order of the training images."""
         trainer = self._trainer
         sampler = EpochSampler(self.split.train, trainer.world_size, trainer.global_rank, self.recipe.train.seed)
         # Lightning starts a resumed run's first loader before it sets the loader's, or its own, epoch right.
         sampler.set_epoch(getattr(trainer.lightning_module, "epochs_done", 0))
-        return self._loader(self.split.train, self.recipe.data.batch_size, sampler)
+        return sampler
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.split.train, self.recipe.data.batch_size, self.epoch_sampler())
 
     def val_dataloader(self) -> DataLoader:
         world_size, rank = self._trainer.world_size, self._trainer.global_rank
@@ -155,8 +160,16 @@ class Run(L.LightningModule):
         self.epoch_samples = 0
         self._losses: list[Tensor] = []
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What moves the weights."""
+        return make_optimizer(self.model, self.recipe)
+
+    def privacy(self) -> PrivacyFacts | None:
+        """What was spent so far; None where training is not private."""
+        return None
+
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.model, self.recipe)
+        optimizer = self.optimizer()
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(self.recipe.schedule, step, self.steps_per_epoch)
         )
@@ -172,20 +185,24 @@ class Run(L.LightningModule):
             torch.cuda.reset_peak_memory_stats(self.device)
         self._epoch_start = time.perf_counter()
 
-    def _in_format(self, x: Tensor) -> Tensor:
+    def in_format(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else x
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        loss = training_loss(self.model, self._in_format(x), y, label_smoothing=self.recipe.train.label_smoothing)
+        loss = training_loss(self.model, self.in_format(x), y, label_smoothing=self.recipe.train.label_smoothing)
         if self._is_second_evaluation():
             return loss  # of the same images, elsewhere
+        self.count(loss, len(y), batch_idx)
+        return loss
+
+    def count(self, loss: Tensor, images: int, batch_idx: int) -> None:
+        """Take note of a batch, before its step."""
         self._losses.append(loss.detach())
-        self.epoch_samples += len(y) * self.trainer.world_size
+        self.epoch_samples += images * self.trainer.world_size
         # On the CPU a look at each loss costs nothing; on a GPU, or with other ranks, it waits for them.
         if batch_idx % 50 == 0 or (loss.device.type == "cpu" and self.trainer.world_size == 1):
             self._check(loss)
-        return loss
 
     def _check(self, loss: Tensor) -> None:
         """Stop on all ranks where the loss of one is no longer a number."""
@@ -223,7 +240,7 @@ class Run(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        wrong, losses = wrong_and_losses(self.model, self._in_format(x), y)
+        wrong, losses = wrong_and_losses(self.model, self.in_format(x), y)
         self.val_error.update(wrong)
         self.val_loss.update(losses)
 
@@ -238,6 +255,8 @@ class Run(L.LightningModule):
             "val_loss": val_loss if math.isfinite(val_loss) else None,
             "error": self.val_error.compute().item(),
         }
+        if (spent := self.privacy()) is not None:
+            point["epsilon"] = spent["epsilon"]
         self.val_error.reset()
         self.val_loss.reset()
         self.curve.append(point)
@@ -295,9 +314,9 @@ class StateKeeper(L.Callback):
         run = _the_run(pl_module)
         run.end_training_part()  # the module's own hook comes after the callbacks'
         trainer.save_checkpoint(self.state)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and run.curve:
             table = io.StringIO()
-            writer = csv.DictWriter(table, list(Evaluation.__annotations__), lineterminator="\n")
+            writer = csv.DictWriter(table, list(run.curve[-1]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(run.curve)
             write_file(self.state.with_name("metrics.csv"), table.getvalue().encode())

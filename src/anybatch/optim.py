@@ -56,7 +56,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     o = recipe.optim
     groups = param_groups(model, o.weight_decay, decay_all=o.decay_all)
     # A fused step under mixed precision undoes the gradients' scale by itself, too late for clipping.
-    fused = not recipe.train.precision.endswith("-mixed")
+    # Opacus' gradients may lie in memory otherwise than the weights, which a fused step walks side by side.
+    fused = not recipe.train.precision.endswith("-mixed") and recipe.privacy.epsilon is None
     if o.name == "sgd":
         made = torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=o.momentum, nesterov=o.nesterov, fused=fused)
     else:

@@ -155,6 +155,21 @@ class Train(_Section):
     """Epochs between evaluations; the last epoch is always evaluated."""
 
 
+class Privacy(_Section):
+    """Training under differential privacy; see `anybatch.private`."""
+
+    epsilon: float | None = Field(default=None, gt=0)
+    """Budget of the whole run, where data sets that differ in one image are neighbors; None trains without privacy."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Must be below one in the number of training images."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of one image's gradient; the noise is proportional to it."""
+    accountant: Literal["rdp", "prv"] = "rdp"
+    """Opacus' account: Rényi divergences, as publications mostly have, or composition in numbers, which is tighter."""
+    seeded: bool = False
+    """Whether draws and noise follow from ``train.seed``, as in tests: who knows the seed can take the noise off."""
+
+
 # Keys that came after the first rows were kept: at their defaults they leave a recipe's id as it was.
 _ADDED = {
     "model": ("weights",),
@@ -170,6 +185,7 @@ _ADDED = {
     "optim": ("sam_rho",),
     "schedule": ("floor", "milestones", "factor"),
     "train": ("ema_warmup",),
+    "privacy": tuple(Privacy.model_fields),
 }
 
 
@@ -185,6 +201,7 @@ class Recipe(_Section):
     optim: Optim = Field(default_factory=Optim)
     schedule: Schedule = Field(default_factory=Schedule)
     train: Train = Field(default_factory=Train)
+    privacy: Privacy = Field(default_factory=Privacy)
 
     @model_validator(mode="after")
     def _check_sam(self) -> Self:
@@ -199,6 +216,24 @@ class Recipe(_Section):
                     "optim.sam_rho does not go with train.precision=16-mixed, whose scaled gradients take one "
                     "evaluation a step; take bf16-mixed"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_privacy(self) -> Self:
+        if self.privacy.epsilon is None:
+            return self
+        wrong = {
+            f"optim.sam_rho={self.optim.sam_rho}: it takes two gradients a step": self.optim.sam_rho is not None,
+            f"optim.clip_norm={self.optim.clip_norm}: privacy.max_grad_norm clips, each image's gradient": (
+                self.optim.clip_norm is not None
+            ),
+            "data.mixup or data.cutmix: they mix images": self.data.mixup is not None or self.data.cutmix is not None,
+            f"train.devices={self.train.devices}: it runs on one": self.train.devices > 1,
+            f"train.precision={self.train.precision}: it takes 32-true or 64-true": "mixed" in self.train.precision,
+        }
+        reasons = [reason for reason, found in wrong.items() if found]
+        if reasons:
+            raise ValueError(f"privacy.epsilon={self.privacy.epsilon} does not go with {'; nor with '.join(reasons)}")
         return self
 
     @classmethod
@@ -258,7 +293,7 @@ class Recipe(_Section):
             for key in keys:
                 if getattr(getattr(self, section), key) == fields[key].default:
                     del values[section][key]
-        return values
+        return {section: keys for section, keys in values.items() if keys}
 
     @property
     def id(self) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 try:
     import fcntl
@@ -35,6 +35,22 @@ class Evaluation(TypedDict):
     """Mean cross-entropy of the evaluated images; None where it is no finite number."""
     error: float
     """Share of the evaluated images that are wrong, 0 to 1."""
+    epsilon: NotRequired[float]
+    """Of a private run: the privacy spent so far."""
+
+
+class PrivacyFacts(TypedDict):
+    """What a private run spent, and how; of the weights alone: a row's losses and errors are told without noise."""
+
+    epsilon: float
+    """Spent by all steps so far."""
+    delta: float
+    noise_multiplier: float
+    """Standard deviation of the noise in the summed gradient, in units of `max_grad_norm`."""
+    max_grad_norm: float
+    sample_rate: float
+    """Probability with which a step takes an image."""
+    steps: int
 
 
 class DataFacts(TypedDict):
@@ -81,6 +97,8 @@ class Row(TypedDict):
     memory_measure: str
     seconds: float
     """Wall time of the whole run."""
+    privacy: NotRequired[PrivacyFacts]
+    """Of private runs alone."""
     started: str
     """Time in UTC, ISO 8601."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ class DivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
-def training_loss(model: nn.Module, x: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def training_loss(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """The step: cross-entropy of a batch, averaged over its images.
 
     Args:

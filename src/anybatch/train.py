@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from anybatch import __version__, data, rows
+from anybatch import __version__, data, private, rows
 from anybatch.checkpoint import RESUME, ModelFacts, SafeCheckpointIO, save_model
 from anybatch.driver import Epoch, Loaders, Progress, Reporter, Run, StateKeeper
 from anybatch.files import write_file
@@ -62,7 +62,7 @@ def run(
     started = time.perf_counter()
     row = _blank_row(recipe, purpose)
     split = data.load(recipe.data)
-    epoch = Epoch.of(recipe, len(split.train))
+    epoch = _checked_epoch(recipe, split)
     row["data"] = data_facts(split)
     torch.manual_seed(recipe.train.seed)
     model = recipe.model.build(num_classes=len(split.classes), in_chans=split.in_chans)
@@ -72,20 +72,24 @@ def run(
         load_weights(model, recipe.model.weights, classifier="skip")
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (torch's stub lacks it)
-    module = Run(model, recipe, epoch)
+    is_private = recipe.privacy.epsilon is not None
+    module = private.PrivateRun(model, recipe, epoch, len(split.train)) if is_private else Run(model, recipe, epoch)
+    loaders = private.PrivateLoaders(split, recipe) if is_private else Loaders(split, recipe)
     resume = None if out is None else out / RESUME
     with _quiet():
         trainer = _trainer(recipe, epoch, resume, out if tensorboard else None, tell)
         device = trainer.strategy.root_device
         row["device"] = device_name(device)
-        if device.type != "cuda":
+        if is_private and device.type != "cuda":
+            row["memory_measure"] = "not counted where each image has gradients of its own"
+        elif device.type != "cuda":
             x, y = split.train.__getitems__(range(recipe.data.batch_size))
             row["peak_memory"] = counted_memory(module, x, y, trainer)
         try:
             with reuse_filters(module.model):  # once a step, however many batches it accumulates
                 trainer.fit(
                     module,
-                    datamodule=Loaders(split, recipe),
+                    datamodule=loaders,
                     ckpt_path=str(resume) if resume is not None and resume.exists() else None,
                 )
         except DivergedError as error:
@@ -96,6 +100,8 @@ def run(
         row["peak_memory"] = module.peak_memory or None
         row["memory_measure"] = "peak of the device's allocator in training"
     row["curve"] = module.curve
+    if (spent := module.privacy()) is not None:
+        row["privacy"] = spent
     row["seconds"] = time.perf_counter() - started
     if row["status"] == "failed":
         return row
@@ -112,10 +118,18 @@ def run(
             error=row["error"],
             epochs=recipe.schedule.epochs,
             version=__version__,
+            epsilon=None if spent is None else spent["epsilon"],
         )
         save_model(module.model, facts, out)
         resume.unlink(missing_ok=True)
     return row
+
+
+def _checked_epoch(recipe: Recipe, split: data.Split) -> Epoch:
+    """The recipe's epoch, where it can be trained on these images."""
+    epoch = Epoch.of(recipe, len(split.train))
+    private.check(recipe, split)
+    return epoch
 
 
 def _trainer(
@@ -143,7 +157,7 @@ def _trainer(
         precision=t.precision,
         max_epochs=recipe.schedule.epochs,
         limit_train_batches=epoch.batches,
-        accumulate_grad_batches=recipe.data.accumulate,
+        accumulate_grad_batches=recipe.data.accumulate if recipe.privacy.epsilon is None else 1,
         gradient_clip_val=recipe.optim.clip_norm,
         callbacks=callbacks,
         plugins=[SafeCheckpointIO()],
@@ -186,7 +200,7 @@ def run_in(
     if first:
         _check_folder(recipe, out)
         split = data.load(recipe.data)
-        Epoch.of(recipe, len(split.train))
+        _checked_epoch(recipe, split)
         with torch.device("meta"):
             recipe.model.build(num_classes=len(split.classes), in_chans=split.in_chans)
         if (weights := recipe.model.weights) is not None and not Path(weights).is_file():

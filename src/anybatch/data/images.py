@@ -144,11 +144,11 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The images at ``indices``, (B, C, H, W) float32, and their labels, (B,) int64; loaders `collate` them."""
-        index = torch.as_tensor(indices)
+        index = torch.as_tensor(indices, dtype=torch.int64)
         x = self.images[index]
         if self._shift or self._flip:
             x = shift_flip(x, self._shift, flip=self._flip)
-        if self._each:
+        if self._each and len(index):
             x = torch.stack([self._augment_one(image) for image in x])
         if x.dtype == torch.uint8:
             x = x.float().sub_(self._mean).div_(self._std)
