@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_error_within, assert_same_gradients
 from torch import Tensor, nn
 
 from anybatch import create_model, driver, private, recipes, rows, train
 from anybatch.checkpoint import load_model
 from anybatch.recipe import Recipe
 from anybatch.step import training_loss
+from helpers import assert_error_within, assert_same_gradients
 
 needs_opacus = pytest.mark.skipif(importlib.util.find_spec("opacus") is None, reason="opacus is not installed")
 
