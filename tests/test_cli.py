@@ -170,7 +170,8 @@ def test_eval_and_predict_take_the_models_own_scale_and_size(call, arrays):
     assert len(json.loads(told)["images"]) == 1
 
 
-def test_predict_takes_what_save_pretrained_wrote(call, arrays):
+def test_predict_takes_what_save_pretrained_and_push_to_hub_wrote(call, arrays, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     torch.manual_seed(0)
     model = anybatch.create_model("resnet8", num_classes=5).eval()
     torch.nn.init.normal_(model.fc.weight)
@@ -188,6 +189,23 @@ def test_predict_takes_what_save_pretrained_wrote(call, arrays):
         assert got == pytest.approx(
             {str(i): p for i, p in enumerate(wanted.tolist())}, abs=3e-2 if dtype.itemsize < 4 else 1e-5
         )
+    asked = []
+
+    def download(repository: str, name: str, **_: object) -> str:
+        asked.append((repository, name))
+        if repository == "someone/nothing":
+            raise huggingface_hub.errors.EntryNotFoundError("404\nis not there")
+        return f"net/{name}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert call("predict", "hf-hub:someone/net", image, "--json", "--top", 5) == (0, out, "")
+    assert asked == [("someone/net", "config.json"), ("someone/net", "model.safetensors")]
+    code, _, err = call("predict", "hf-hub:someone/nothing", image)
+    assert (code, err.strip()) == (2, "error: cannot get someone/nothing from the Hub: 404 is not there")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    code, _, err = call("predict", "hf-hub:someone/net", image)
+    assert code == 2
+    assert "pip install 'anybatch[hub]'" in err
     anybatch.create_model("resnet8", num_classes=0).save_pretrained("headless")
     code, _, err = call("predict", "headless", image)
     assert code == 2

@@ -451,8 +451,11 @@ def _predictor(run: Path) -> tuple[Network, list[str], Callable[[Path], Tensor]]
     from anybatch import data as datasets
     from anybatch.models import Network, hub, transforms
 
-    if (run / hub.CONFIG).is_file():
-        model = Network.from_pretrained(run)
+    if str(run).startswith(hub.ON_HUB) or (run / hub.CONFIG).is_file():
+        try:
+            model = Network.from_pretrained(str(run))
+        except ImportError as error:  # of huggingface_hub
+            raise UserError(str(error)) from None
         if model.dense or not model.num_classes:
             raise UserError(f"{run} holds a network that tells no images apart: {model.default_cfg['architecture']}")
         bring, dtype = transforms(model), next(model.parameters()).dtype
@@ -470,7 +473,12 @@ def _predictor(run: Path) -> tuple[Network, list[str], Callable[[Path], Tensor]]
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Folder that anybatch train or save_pretrained wrote.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder that anybatch train or save_pretrained wrote, or hf-hub:SOMEONE/SOMETHING, by push_to_hub."
+        ),
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
     skip_bad: SkipBad = False,
@@ -479,7 +487,7 @@ def predict(
 ) -> None:
     """Classes of images and their probabilities.
 
-    What save_pretrained wrote has no names of classes: they are numbers then.
+    What save_pretrained or push_to_hub wrote has no names of classes: they are numbers then.
     """
     import torch
 

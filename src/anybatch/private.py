@@ -6,7 +6,8 @@ for one image and vectorizing over the batch. So it takes every network that tre
 and each image draws its own dropout.
 
 What is private is the trained weights. Losses and errors of a row are told without noise; torch's generators are not
-those of cryptography; and which network, images and settings were chosen spends nothing here.
+those of cryptography; and which network, images and settings were chosen spends nothing here. Nor do steps of an epoch
+that was interrupted, which nobody was told and which are taken anew.
 
 Sources:
     Abadi et al. 2016, "Deep Learning with Differential Privacy", arXiv:1607.00133, algorithm 1; the draws are those of

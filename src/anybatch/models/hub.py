@@ -22,6 +22,8 @@ from anybatch.models.weights import load_weights
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ON_HUB = "hf-hub:"
+"""In front of a repository's name, as timm has it, where a folder could be meant too."""
 
 
 def save_pretrained(model: Network, folder: str | Path) -> None:
@@ -63,12 +65,15 @@ def save_pretrained(model: Network, folder: str | Path) -> None:
 
 def from_pretrained(source: str | Path, **download: Any) -> Network:
     """See `Network.from_pretrained`."""
-    folder = Path(source)
-    if folder.is_dir():
+    folder, repository = Path(source), str(source).removeprefix(ON_HUB)
+    if repository == str(source) and folder.is_dir():
         paths = {name: folder / name for name in (CONFIG, WEIGHTS)}
-    elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        fetch = _hub().hf_hub_download
-        paths = {name: Path(fetch(str(source), name, **download)) for name in (CONFIG, WEIGHTS)}
+    elif repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
+        hub = _hub()
+        try:
+            paths = {name: Path(hub.hf_hub_download(repository, name, **download)) for name in (CONFIG, WEIGHTS)}
+        except (OSError, hub.errors.EntryNotFoundError) as error:
+            raise ValueError(f"cannot get {repository} from the Hub: {error}") from None
     else:
         raise ValueError(f"{source} is neither a folder nor the name of a repository, as in 'someone/something'")
     for path in paths.values():

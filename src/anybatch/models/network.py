@@ -175,14 +175,15 @@ class Network(nn.Module):
 
         Args:
             source: A folder, or ``"someone/something"``, a repository on the Hugging Face Hub, for which
-                huggingface_hub must be installed.
+                huggingface_hub must be installed; ``"hf-hub:someone/something"`` where there is such a folder too.
             revision: Of the repository: a branch, tag or commit.
             token: Of the account; None for the one that is logged in.
             cache_dir: Where downloads are kept; None for huggingface_hub's own place.
             local_files_only: Take what is kept there and ask no network.
 
         Raises:
-            ValueError: If there is no such folder, or a file is missing, damaged or another library's.
+            ValueError: If there is no such folder, the Hub does not give the files, or a file is missing, damaged or
+                another library's.
             ImportError: If huggingface_hub is needed and missing.
         """
         from anybatch.models import hub
