@@ -338,14 +338,14 @@ _QUICK: dict[str, dict[str, Any]] = {
     "kn-cifar100-b2": {**_SMALL, "model.options.width": 8, "data.batch_size": 2},
     "kn-cifar100-b256": {**_SMALL, "model.options.width": 8},
     "kn-imagenet": {**_SMALL, "model.options.width": 8, "model.options.stem": "cifar"},
-    "nf-resnet-agc": _NF_SMALL,
+    "nf-resnet-agc": {**_NF_SMALL, "model.name": "nf_resnet26"},
     "nfnet-f-imagenet": _NFNET_SMALL,
     "nfnet-f-sam-imagenet": _NFNET_SMALL,
     "dp-cifar10": {**_SMALL, "model.options.width": 8, "data.accumulate": 2, "privacy.seeded": True},
 }
 """What the quick twin of a published recipe has, for seconds on a CPU: a small network of its family and few pixels.
 
-NF-ResNets and NFNets have no width to choose, and NF-RegNet-B0 stands in for them.
+NFNets have no width to choose, and NF-RegNet-B0 stands in for them.
 """
 
 
