@@ -1,4 +1,4 @@
-"""What is done to the BatchNorm of a finished network: population statistics by a pass over data, and freezing."""
+"""Population statistics by a pass over data, and freezing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,5 @@
+"""`python -m anybatch.cli`."""
+
+from anybatch.cli import main
+
+main()

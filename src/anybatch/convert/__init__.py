@@ -1,0 +1,5 @@
+"""What is done to the BatchNorm of a finished network."""
+
+from anybatch.convert.statistics import freeze_batchnorm as freeze_batchnorm
+from anybatch.convert.statistics import precise_batchnorm as precise_batchnorm
+from anybatch.convert.statistics import unfreeze_batchnorm as unfreeze_batchnorm
