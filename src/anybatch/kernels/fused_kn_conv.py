@@ -87,7 +87,7 @@ class _KNConv(torch.autograd.Function):
             check_residual(residual, z.shape)
         done = stages.normalized(z, pixels, filters, bias, residual, at, p, eps, relu)
         ctx.stages, ctx.call, ctx.at, ctx.p, ctx.relu = stages, call, at, p, relu
-        kept = filters if stages.keeps_filters else (None, None, None)
+        kept = filters if stages.keeps_filters else (None, filters.total if stages.pulls_by_weight else None, None)
         ctx.save_for_backward(x, weight, bias, residual, seed, *kept, *done)
         return done.y
 
@@ -109,7 +109,9 @@ class _KNConv(torch.autograd.Function):
         at, stages, done = ctx.at, ctx.stages, Normalized(*kept)
         if gradient.stride() != done.y.stride():  # expanded, say
             gradient = torch.empty_like(done.y).copy_(gradient)
-        filters = stages.filters(weight, x.dtype) if centered is None else Filters(centered, total, rest)
+        if centered is None and not stages.pulls_by_weight:
+            centered, total, rest = stages.filters(weight, x.dtype)
+        filters = Filters(weight if centered is None else centered, total, rest)
         back = stages.pulled(gradient, done, filters.total, bias, residual, at, ctx.relu)
         needed = (*ctx.needs_input_grad[3:5], False)
         geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)

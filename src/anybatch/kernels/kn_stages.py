@@ -76,6 +76,9 @@ class Stages:
 
     keeps_filters: ClassVar[bool] = False
     """Whether the centered filters are kept for backward in place of being made anew there."""
+    pulls_by_weight: ClassVar[bool] = False
+    """Whether the gradient is taken through the weight, in place of the centered filters; `through_moments` then takes
+    away what it has too much, the spread gradient of `Pulled.own`."""
 
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
         """The moments over channels, after dropout and without."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from anybatch.kernels.fused_kn_conv import kn_conv_in_stages
 from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages, rounds
+from anybatch.kernels.layouts import Layout, filters_as_rows, laid_out, layout_of, places, steps, three
 from anybatch.kernels.triton_common import Plan, power_of_two, refused_device
 from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
@@ -29,37 +29,6 @@ _MOST_CHANNELS = 2048
 _MOST_TAPS = 128
 
 
-class _Layout(NamedTuple):
-    """Steps in memory from sample to sample, from position to position in row-major order, and between channels."""
-
-    n: int
-    position: int
-    channel: int
-
-
-def _layout(shape: torch.Size, strides: tuple[int, ...]) -> _Layout:
-    """Of (N, C, *) that `_steps` takes."""
-    if (layout := _steps(shape, strides)) is None:
-        raise ValueError(f"a map of shape {tuple(shape)} and strides {strides} is no layout of kernels")
-    return layout
-
-
-@functools.lru_cache(4096)
-def _steps(shape: torch.Size, strides: tuple[int, ...]) -> _Layout | None:
-    """None where the positions of (N, C, *) are not one step apart."""
-    step = expected = strides[-1]
-    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
-        if size > 1 and stride != expected:
-            return None
-        expected *= size
-    return _Layout(strides[0], step, strides[1])
-
-
-def _laid_out(t: Tensor, like: Tensor) -> Tensor:
-    """``t``, or a copy that lies in memory as ``like`` does."""
-    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
-
-
 def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> str | None:
     if (reason := refused_device(x)) or (reason := refused_by_formulas(x, weight, bias, *args, **options)):
         return reason
@@ -67,7 +36,7 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
         return "x is float64, which its statistics are not taken in"
     if not 3 <= x.dim() <= 5 or x.dim() != weight.dim() or x.numel() == 0:
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions with values"
-    if _steps(x.shape, x.stride()) is None:
+    if steps(x.shape, x.stride()) is None:
         return "x is neither contiguous nor channels last"
     if (span := sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))) >= 2**31:
         return f"a sample of x spans {span} values, 2^31 or more"
@@ -85,31 +54,13 @@ class _Blocks(NamedTuple):
     channels: int
 
 
-def _blocks(channels: int, positions: int, layout: _Layout, tile: int = _TILE) -> _Blocks:
+def _blocks(channels: int, positions: int, layout: Layout, tile: int = _TILE) -> _Blocks:
     if layout.channel == 1 or positions == 1:
         columns = min(power_of_two(max(channels, 16)), _MOST_CHANNELS)
         rows = max(1, tile // columns)
     else:
         rows, columns = 128, tile // 128
     return _Blocks(min(rows, power_of_two(positions)), columns)
-
-
-def _three(sizes: Sequence[int], missing: int = 1) -> tuple[int, ...]:
-    """One number for each of three dimensions, the outermost first."""
-    return (missing,) * (3 - len(sizes)) + tuple(sizes)
-
-
-def _places(at: Windows) -> tuple[int, ...]:
-    """Kernel, stride, padding and dilation, three numbers each."""
-    pads = [before for before, _ in at.pads]
-    return *_three(at.kernel), *_three(at.stride), *_three(pads, 0), *_three(at.dilation)
-
-
-def _as_rows(weight: Tensor) -> Tensor:
-    """``weight``, or a copy, whose filters are rows in memory one after another."""
-    size = weight[0].numel()
-    dense = weight.is_contiguous() or (weight.dim() in (4, 5) and weight.movedim(1, -1).is_contiguous())
-    return weight if dense and weight.stride(0) == size else weight.contiguous()
 
 
 # Plans, by all that they and the dtypes of their tensors follow from.
@@ -119,7 +70,7 @@ _Dtypes = tuple[torch.dtype | None, ...]
 
 @_planned
 def _pixels(shape: torch.Size, strides: tuple[int, ...], _: torch.dtype, p: float, drops: bool) -> Plan:
-    layout, (n, channels), positions = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(channels, positions, layout)
     numbers = (dropout_threshold(p), positions, channels, *layout, drops, rows, columns)
     return Plan(_kernels().pixel_moments, (n * -(-positions // rows),), numbers)
@@ -145,10 +96,10 @@ def _normalizing(
     relu: bool,
     dtypes: _Dtypes,
 ) -> Plan:
-    layout, (n, filters), windows = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(filters, windows, layout)
     numbers = (
-        windows, filters, *layout, *_three(positions), *_three(shape[2:])[1:], *_places(at), 1 - p, eps,
+        windows, filters, *layout, *three(positions), *three(shape[2:])[1:], *places(at), 1 - p, eps,
         drops, rests, dtypes[1] is not None, residual, alone, relu, power_of_two(at.positions), rows, columns,
     )  # fmt: skip
     return Plan(_kernels().normalized, (n * -(-windows // rows), -(-filters // columns)), numbers)
@@ -171,7 +122,7 @@ def _pulling(
     masked: bool,
     dtypes: _Dtypes,
 ) -> _Pulling:
-    layout, (n, filters), windows = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(filters, windows, layout, _TILE // 2)  # of several tensors
     sees_all, together = columns >= filters, rows
     while sees_all and together < windows and n * windows > 512 * together:
@@ -202,11 +153,11 @@ def _through_moments(
     drops: bool,
     _: torch.dtype,
 ) -> Plan:
-    layout, (n, channels), positions = _layout(shape, strides), shape[:2], math.prod(shape[2:])
+    layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(channels, positions, layout)
     numbers = (
-        dropout_threshold(p), positions, channels, *layout, *_layout(shape, strides_of_x), *_three(shape[2:])[1:],
-        *_three(windows), *_places(at), 1 - p, drops, power_of_two(at.positions), rows, columns,
+        dropout_threshold(p), positions, channels, *layout, *layout_of(shape, strides_of_x), *three(shape[2:])[1:],
+        *three(windows), *places(at), 1 - p, drops, power_of_two(at.positions), rows, columns,
     )  # fmt: skip
     return Plan(_kernels().through_moments, (n * -(-positions // rows), -(-channels // columns)), numbers)
 
@@ -225,7 +176,7 @@ class TritonStages(Stages):
         return Pixels(mean, var, own)
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
-        weight = _as_rows(weight)
+        weight = filters_as_rows(weight)
         centered = torch.empty_like(weight, dtype=dtype)
         total, rest = weight.new_empty((2, len(weight)), dtype=torch.float32).unbind()
         _centering(len(weight), weight[0].numel(), (weight.dtype, dtype))(weight, centered, total, rest)
@@ -244,12 +195,12 @@ class TritonStages(Stages):
         relu: bool,
     ) -> Normalized:
         drops = pixels.own is not None
-        z = z if _steps(z.shape, z.stride()) else z.contiguous()
+        z = z if steps(z.shape, z.stride()) else z.contiguous()
         found = _fields(3 if drops else 2, z)
         mean, scale, apart = found if drops else (*found, None)
         alone = residual is not None and rounds(z.dtype)
         y = torch.empty_like(z) if alone else z
-        residual = None if residual is None else _laid_out(residual, z)
+        residual = None if residual is None else laid_out(residual, z)
         plan = _normalizing(
             z.shape, z.stride(), pixels.mean.shape[2:], at, p, eps, drops, filters.rest is not None,
             residual is not None, alone, relu, _dtypes(z, bias),
@@ -268,7 +219,7 @@ class TritonStages(Stages):
         relu: bool,
     ) -> Pulled:
         y, drops = done.y, done.apart is not None
-        taken = None if residual is None or done.own is not None else _laid_out(residual, y)
+        taken = None if residual is None or done.own is not None else laid_out(residual, y)
         h = torch.empty_like(y)
         masked = torch.empty_like(y) if relu and residual is not None else None
         found = _fields(2 if drops else 1, y)
@@ -287,7 +238,7 @@ class TritonStages(Stages):
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
     def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        g = _as_rows(g_centered)
+        g = filters_as_rows(g_centered)
         g_weight = torch.empty_like(g, dtype=dtype)
         plan = _through_filters(len(g), g[0].numel(), g_total is not None, (g.dtype, dtype))
         plan(g, g_weight, g_total)
@@ -296,7 +247,7 @@ class TritonStages(Stages):
     def through_moments(
         self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
     ) -> Tensor:
-        g_x = g_x if _steps(g_x.shape, g_x.stride()) else torch.empty_like(x).copy_(g_x)
+        g_x = g_x if steps(g_x.shape, g_x.stride()) else torch.empty_like(x).copy_(g_x)
         windows, drops = done.mean.shape[2:], seed is not None
         plan = _through_moments(x.shape, g_x.stride(), x.stride(), windows, at, p, drops, x.dtype)
         plan(g_x, x, done.mean, back.var, back.own, seed)

@@ -1,0 +1,506 @@
+/* KNConv's stages around torch's convolution, in float32; `kn_stages.py` has them in formulas.
+
+   Maps of one channel are (N, positions) without gaps. */
+
+#include "maps.h"
+
+/* Where windows lie, in three dimensions, the outermost first. */
+typedef struct {
+    int64_t size[3], windows[3], kernel[3], stride[3], pad[3], dilation[3];
+} Windows;
+
+/* Of every value of a sample whether dropout keeps it: two channels of a position share a hash of 32 bits. */
+typedef struct {
+    const int64_t *keys; /* (N,); NULL without dropout */
+    int32_t threshold;
+} Dropout;
+
+INLINE uint32_t hashed(uint32_t place, uint32_t low, uint32_t high) {
+    uint32_t z = place ^ low;
+    z = (z ^ (z >> 16)) * 0x7FEB352Du;
+    z = ((z ^ (z >> 15)) + high) * 0x846CA68Bu;
+    return z ^ (z >> 16);
+}
+
+/* 1 where a value of position `s` is kept, else 0; `bits` has room for the pairs of channels. */
+INLINE void keep_row(const Dropout *d, int64_t n, int64_t s, int64_t c, uint32_t *restrict bits, float *restrict keep) {
+    uint32_t low = (uint32_t)d->keys[n], high = (uint32_t)(d->keys[n] >> 32), pairs = (uint32_t)((c + 1) / 2);
+    uint32_t first = (uint32_t)s * pairs;
+    for (uint32_t j = 0; j < pairs; j++) bits[j] = hashed(first + j, low, high);
+    const int16_t *halves = (const int16_t *)bits;
+    int32_t threshold = d->threshold;
+    for (int64_t i = 0; i < c; i++) keep[i] = halves[i] >= threshold ? 1.0f : 0.0f;
+}
+
+/* The same of one channel at positions from `s` on. */
+INLINE void keep_column(const Dropout *d, int64_t n, int64_t c, int64_t channel, int64_t s, int64_t count,
+                        float *restrict keep) {
+    uint32_t low = (uint32_t)d->keys[n], high = (uint32_t)(d->keys[n] >> 32), pairs = (uint32_t)((c + 1) / 2);
+    uint32_t pair = (uint32_t)(channel / 2), first = (uint32_t)s;
+    int32_t threshold = d->threshold, shift = channel % 2 ? 0 : 16;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = hashed((first + (uint32_t)i) * pairs + pair, low, high);
+        keep[i] = ((int32_t)(bits << shift) >> 16) >= threshold ? 1.0f : 0.0f;
+    }
+}
+
+/* Mean and biased variance over the channels of each position, after dropout, and with it the mean before. */
+static void moments_of_rows(const Map *m, const float *x, const Dropout *d, float *mean, float *var, float *own) {
+    int64_t rows = m->n * m->s, c = m->c;
+#pragma omp parallel if (rows * c > SMALL)
+    {
+        float *kept = d->keys ? room(c) : NULL;
+        uint32_t *bits = d->keys ? (uint32_t *)room(c / 2 + 1) : NULL;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t n = row / m->s, s = row % m->s;
+            const float *v = x + n * m->n_step + s * m->s_step;
+            if (d->keys) {
+                own[row] = sum_of(v, c) / c;
+                keep_row(d, n, s, c, bits, kept);
+                for (int64_t i = 0; i < c; i++) kept[i] *= v[i];
+                v = kept;
+            }
+            mean[row] = sum_of(v, c) / c;
+            var[row] = squares_around(v, mean[row], c) / c;
+        }
+        free(kept);
+        free(bits);
+    }
+}
+
+static void moments_of_planes(const Map *m, const float *x, const Dropout *d, float *mean, float *var, float *own) {
+    int64_t step = together(m), blocks = (m->s + step - 1) / step, c = m->c;
+#pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
+    for (int64_t job = 0; job < m->n * blocks; job++) {
+        int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s);
+        const float *v = x + n * m->n_step + s;
+        float sum[MOST_POSITIONS] = {0}, squares[MOST_POSITIONS] = {0}, all[MOST_POSITIONS] = {0};
+        float keep[MOST_POSITIONS];
+        for (int64_t channel = 0; channel < c; channel++) {
+            const float *u = v + channel * m->c_step;
+            if (d->keys) {
+                keep_column(d, n, c, channel, s, count, keep);
+                for (int64_t i = 0; i < count; i++) all[i] += u[i], sum[i] += keep[i] * u[i];
+            } else {
+                for (int64_t i = 0; i < count; i++) sum[i] += u[i];
+            }
+        }
+        for (int64_t i = 0; i < count; i++) sum[i] /= c;
+        for (int64_t channel = 0; channel < c; channel++) {
+            const float *u = v + channel * m->c_step;
+            if (d->keys) {
+                keep_column(d, n, c, channel, s, count, keep);
+                for (int64_t i = 0; i < count; i++) {
+                    float off = keep[i] * u[i] - sum[i];
+                    squares[i] += off * off;
+                }
+            } else {
+                for (int64_t i = 0; i < count; i++) {
+                    float off = u[i] - sum[i];
+                    squares[i] += off * off;
+                }
+            }
+        }
+        int64_t at = n * m->s + s;
+        for (int64_t i = 0; i < count; i++) {
+            mean[at + i] = sum[i];
+            var[at + i] = squares[i] / c;
+            if (own) own[at + i] = all[i] / c;
+        }
+    }
+}
+
+void kn_pixels(const int64_t *map, const float *x, const int64_t *keys, int64_t threshold, float *mean, float *var,
+               float *own) {
+    const Map *m = (const Map *)map;
+    Dropout d = {keys, (int32_t)threshold};
+    (channels_last(m) ? moments_of_rows : moments_of_planes)(m, x, &d, mean, var, own);
+}
+
+/* Each filter less its mean, and the sum that it had. */
+void kn_filters(int64_t filters, int64_t size, const float *weight, float *centered, float *total) {
+#pragma omp parallel for schedule(static) if (filters * size > SMALL)
+    for (int64_t o = 0; o < filters; o++) {
+        const float *w = weight + o * size;
+        float *restrict made = centered + o * size;
+        total[o] = sum_of(w, size);
+        float mean = total[o] / size;
+        for (int64_t i = 0; i < size; i++) made[i] = w[i] - mean;
+    }
+}
+
+/* In place: the gradient of the weight from that of the centered filters and, or NULL, of their sums. */
+void kn_through_filters(int64_t filters, int64_t size, float *gradient, const float *g_total) {
+#pragma omp parallel for schedule(static) if (filters * size > SMALL)
+    for (int64_t o = 0; o < filters; o++) {
+        float *restrict g = gradient + o * size;
+        float off = sum_of(g, size) / size - (g_total ? g_total[o] : 0);
+        for (int64_t i = 0; i < size; i++) g[i] -= off;
+    }
+}
+
+/* The windows of one row, from `low` to `high`, whose tap `j` lies on the map. */
+INLINE void within(const Windows *at, int64_t j, int64_t *low, int64_t *high, int64_t *first) {
+    int64_t off = j * at->dilation[2] - at->pad[2], stride = at->stride[2];
+    *first = off;
+    *low = off < 0 ? (-off + stride - 1) / stride : 0;
+    *high = off >= at->size[2] ? 0 : MIN(at->windows[2], (at->size[2] - 1 - off) / stride + 1);
+    *low = MIN(*low, at->windows[2]);
+    *high = MAX(*high, *low);
+}
+
+/* The row of the map that taps (a, b) of the row of windows (d, h) lie on, or -1. */
+INLINE int64_t row_of(const Windows *at, int64_t d, int64_t h, int64_t a, int64_t b) {
+    int64_t i = d * at->stride[0] - at->pad[0] + a * at->dilation[0];
+    int64_t j = h * at->stride[1] - at->pad[1] + b * at->dilation[1];
+    return i < 0 || i >= at->size[0] || j < 0 || j >= at->size[1] ? -1 : i * at->size[1] + j;
+}
+
+INLINE void add_row(const float *restrict from, int64_t stride, int64_t count, float *restrict to) {
+    if (stride == 1)
+        for (int64_t i = 0; i < count; i++) to[i] += from[i];
+    else
+        for (int64_t i = 0; i < count; i++) to[i] += from[i * stride];
+}
+
+INLINE void add_squares(const float *restrict from, int64_t stride, int64_t count, const float *restrict mean,
+                        float *restrict to) {
+    for (int64_t i = 0; i < count; i++) {
+        float off = (from ? from[i * stride] : 0) - mean[i];
+        to[i] += off * off;
+    }
+}
+
+/* Means over windows of the maps' means, and of their variances plus the squares of how the means differ. */
+static void over_windows(int64_t samples, const Windows *at, const float *mean, const float *var, const float *own,
+                         float p, float eps, float *w_mean, float *w_scale, float *w_apart) {
+    int64_t rows = at->windows[0] * at->windows[1], width = at->windows[2];
+    int64_t size = at->size[0] * at->size[1] * at->size[2], taps = at->kernel[0] * at->kernel[1] * at->kernel[2];
+    float share = 1.0f / taps, kept = 1 - p;
+#pragma omp parallel if (samples * rows * width * taps > SMALL)
+    {
+        float *sum = room(width);
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < samples * rows; job++) {
+            int64_t n = job / rows, d = job % rows / at->windows[1], h = job % at->windows[1];
+            const float *maps[3] = {mean + n * size, var + n * size, own ? own + n * size : NULL};
+            float *m = w_mean + job * width, *r = w_scale + job * width, *apart = w_apart ? w_apart + job * width : NULL;
+            int64_t low, high, first;
+            memset(m, 0, width * sizeof(float));
+            memset(r, 0, width * sizeof(float));
+            if (apart) memset(apart, 0, width * sizeof(float));
+            for (int64_t a = 0; a < at->kernel[0]; a++)
+                for (int64_t b = 0; b < at->kernel[1]; b++) {
+                    int64_t row = row_of(at, d, h, a, b) * at->size[2];
+                    if (row < 0) continue;
+                    for (int64_t j = 0; j < at->kernel[2]; j++) {
+                        within(at, j, &low, &high, &first);
+                        int64_t from = row + low * at->stride[2] + first;
+                        add_row(maps[0] + from, at->stride[2], high - low, m + low);
+                        add_row(maps[1] + from, at->stride[2], high - low, r + low);
+                        if (apart) add_row(maps[2] + from, at->stride[2], high - low, apart + low);
+                    }
+                }
+            for (int64_t i = 0; i < width; i++) m[i] *= share;
+            memset(sum, 0, width * sizeof(float));
+            for (int64_t a = 0; taps > 1 && a < at->kernel[0]; a++)
+                for (int64_t b = 0; b < at->kernel[1]; b++) {
+                    int64_t row = row_of(at, d, h, a, b) * at->size[2];
+                    if (row < 0) {
+                        for (int64_t j = 0; j < at->kernel[2]; j++) add_squares(NULL, 0, width, m, sum);
+                        continue;
+                    }
+                    for (int64_t j = 0; j < at->kernel[2]; j++) {
+                        within(at, j, &low, &high, &first);
+                        add_squares(NULL, 0, low, m, sum);
+                        add_squares(maps[0] + row + low * at->stride[2] + first, at->stride[2], high - low, m + low,
+                                    sum + low);
+                        add_squares(NULL, 0, width - high, m + high, sum + high);
+                    }
+                }
+            for (int64_t i = 0; i < width; i++) {
+                float scaled = m[i] / kept;
+                r[i] = 1 / sqrtf((r[i] + sum[i]) * share / (kept * kept) + eps);
+                if (apart) apart[i] = apart[i] * share - scaled;
+                m[i] = scaled;
+            }
+        }
+        free(sum);
+    }
+}
+
+/* A window of one position, alone on it, has that position's moments. */
+static void untouched(int64_t count, const float *mean, const float *var, const float *own, float p, float eps,
+                      float *w_mean, float *w_scale, float *w_apart) {
+    float kept = 1 - p;
+    for (int64_t i = 0; i < count; i++) {
+        w_mean[i] = mean[i] / kept;
+        w_scale[i] = 1 / sqrtf(var[i] / (kept * kept) + eps);
+        if (w_apart) w_apart[i] = own[i] - mean[i] / kept;
+    }
+}
+
+INLINE int is_untouched(const Windows *at) {
+    for (int i = 0; i < 3; i++)
+        if (at->kernel[i] != 1 || at->stride[i] != 1 || at->pad[i]) return 0;
+    return 1;
+}
+
+/* NaN stays NaN. */
+INLINE float positive(float v) { return v < 0 ? 0 : v; }
+
+INLINE void finish_row(int64_t c, float *restrict z, float scale, float apart, const float *restrict total,
+                       const float *restrict bias, const float *restrict residual, const int relu, const int drops,
+                       const int adds) {
+    for (int64_t i = 0; i < c; i++) {
+        float v = drops ? z[i] + apart * total[i] : z[i];
+        v = v * scale + bias[i];
+        if (adds) v += residual[i];
+        z[i] = relu ? positive(v) : v;
+    }
+}
+
+INLINE void finish_plane(int64_t count, float *restrict z, const float *restrict scale, const float *restrict apart,
+                         float total, float bias, const float *restrict residual, const int relu, const int drops,
+                         const int adds) {
+    for (int64_t i = 0; i < count; i++) {
+        float v = drops ? z[i] + apart[i] * total : z[i];
+        v = v * scale[i] + bias;
+        if (adds) v += residual[i];
+        z[i] = relu ? positive(v) : v;
+    }
+}
+
+/* `do` with its last three arguments known to the compiler. */
+#define SPECIALIZED(do, relu, drops, adds, ...)                                                                        \
+    switch ((relu ? 4 : 0) + (drops ? 2 : 0) + (adds ? 1 : 0)) {                                                       \
+        case 0: do(__VA_ARGS__, 0, 0, 0); break;                                                                       \
+        case 1: do(__VA_ARGS__, 0, 0, 1); break;                                                                       \
+        case 2: do(__VA_ARGS__, 0, 1, 0); break;                                                                       \
+        case 3: do(__VA_ARGS__, 0, 1, 1); break;                                                                       \
+        case 4: do(__VA_ARGS__, 1, 0, 0); break;                                                                       \
+        case 5: do(__VA_ARGS__, 1, 0, 1); break;                                                                       \
+        case 6: do(__VA_ARGS__, 1, 1, 0); break;                                                                       \
+        default: do(__VA_ARGS__, 1, 1, 1);                                                                             \
+    }
+
+/* In place of z: relu((z + apart total) / sqrt(var + eps) + bias + residual), and the windows' moments. */
+void kn_normalized(const int64_t *map, const int64_t *windows, float *z, const float *mean, const float *var,
+                   const float *own, const float *total, const float *bias, const float *residual, double p, double eps,
+                   int64_t relu, float *w_mean, float *w_scale, float *w_apart) {
+    const Map *m = (const Map *)map;
+    const Windows *at = (const Windows *)windows;
+    int64_t c = m->c, drops = own != NULL;
+    if (is_untouched(at))
+        untouched(m->n * m->s, mean, var, own, p, eps, w_mean, w_scale, w_apart);
+    else
+        over_windows(m->n, at, mean, var, own, p, eps, w_mean, w_scale, w_apart);
+    float *zeros = NULL;
+    if (!bias) bias = zeros = memset(room(c), 0, c * sizeof(float));
+    if (channels_last(m)) {
+        int64_t rows = m->n * m->s;
+#pragma omp parallel for schedule(static) if (rows * c > SMALL)
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t start = row / m->s * m->n_step + row % m->s * m->s_step;
+            const float *beside = residual ? residual + start : NULL;
+            float apart = drops ? w_apart[row] : 0;
+            SPECIALIZED(finish_row, relu, drops, residual, c, z + start, w_scale[row], apart, total, bias, beside);
+        }
+    } else {
+#pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
+        for (int64_t job = 0; job < m->n * c; job++) {
+            int64_t n = job / c, i = job % c, start = n * m->n_step + i * m->c_step, at_n = n * m->s;
+            const float *beside = residual ? residual + start : NULL, *apart = drops ? w_apart + at_n : NULL;
+            SPECIALIZED(finish_plane, relu, drops, residual, m->s, z + start, w_scale + at_n, apart, total[i], bias[i],
+                        beside);
+        }
+    }
+    free(zeros);
+}
+
+INLINE void pull_row(int64_t c, const float *restrict gradient, const float *restrict y, const float *restrict residual,
+                     const float *restrict bias, const float *restrict total, float scale, float apart,
+                     float *restrict h, float *restrict masked, float *restrict g_bias, float *restrict g_total,
+                     float *restrict g_var, float *restrict g_own, const int relu, const int drops, const int adds) {
+    float along = 0, own = 0;
+#pragma omp simd reduction(+ : along, own)
+    for (int64_t i = 0; i < c; i++) {
+        float g = relu && !(y[i] > 0) ? 0 : gradient[i];
+        float alone = (adds ? y[i] - residual[i] : y[i]) - bias[i];
+        float pulled = g * scale;
+        h[i] = pulled;
+        if (relu && adds) masked[i] = g;
+        g_bias[i] += g;
+        if (drops) g_total[i] += pulled * apart;
+        along += g * alone;
+        own += pulled * total[i];
+    }
+    *g_var = -0.5f * scale * scale * along;
+    *g_own = own;
+}
+
+INLINE void pull_plane(int64_t count, const float *restrict gradient, const float *restrict y,
+                       const float *restrict residual, float bias, float total, const float *restrict scale,
+                       const float *restrict apart, float *restrict h, float *restrict masked, float *restrict g_bias,
+                       float *restrict g_total, float *restrict along, float *restrict own, const int relu,
+                       const int drops, const int adds) {
+    float of_bias = 0, of_total = 0;
+#pragma omp simd reduction(+ : of_bias, of_total)
+    for (int64_t i = 0; i < count; i++) {
+        float g = relu && !(y[i] > 0) ? 0 : gradient[i];
+        float alone = (adds ? y[i] - residual[i] : y[i]) - bias;
+        float pulled = g * scale[i];
+        h[i] = pulled;
+        if (relu && adds) masked[i] = g;
+        of_bias += g;
+        if (drops) of_total += pulled * apart[i];
+        along[i] += g * alone;
+        own[i] += pulled * total;
+    }
+    *g_bias += of_bias;
+    if (drops) *g_total += of_total;
+}
+
+/* Gradients in front of the epilogue: of the convolution's output, h; where a ReLU and a sum stand behind it of what
+   was added, `masked`; of each window's variance and mean; of biases and of the filters' sums. */
+void kn_pulled(const int64_t *map, const float *gradient, const float *y, const float *residual, const float *bias,
+               const float *total, const float *scale, const float *apart, int64_t relu, float *h, float *masked,
+               float *g_var, float *g_own, float *g_bias, float *g_total) {
+    const Map *m = (const Map *)map;
+    int64_t c = m->c, drops = apart != NULL, wide = (c + 15) / 16 * 16;
+    int threads = m->n * m->s * c > SMALL ? omp_get_max_threads() : 1;
+    float *zeros = NULL, *partial = memset(room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(float));
+    if (!bias) bias = zeros = memset(room(c), 0, c * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        float *biases = partial + omp_get_thread_num() * 2 * wide, *totals = biases + wide;
+        if (channels_last(m)) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < m->n * m->s; row++) {
+                int64_t at = row / m->s * m->n_step + row % m->s * m->s_step;
+                const float *beside = residual ? residual + at : NULL;
+                float *left = masked ? masked + at : NULL;
+                SPECIALIZED(pull_row, relu, drops, residual, c, gradient + at, y + at, beside, bias, total, scale[row],
+                            drops ? apart[row] : 0, h + at, left, biases, totals, g_var + row, g_own + row);
+            }
+        } else {
+            int64_t step = together(m), blocks = (m->s + step - 1) / step;
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < m->n * blocks; job++) {
+                int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s), row = n * m->s + s;
+                float along[MOST_POSITIONS] = {0}, own[MOST_POSITIONS] = {0};
+                for (int64_t i = 0; i < c; i++) {
+                    int64_t at = n * m->n_step + i * m->c_step + s;
+                    const float *beside = residual ? residual + at : NULL;
+                    float *left = masked ? masked + at : NULL;
+                    SPECIALIZED(pull_plane, relu, drops, residual, count, gradient + at, y + at, beside, bias[i],
+                                total[i], scale + row, drops ? apart + row : NULL, h + at, left, biases + i, totals + i,
+                                along, own);
+                }
+                for (int64_t i = 0; i < count; i++) {
+                    float r = scale[row + i];
+                    g_var[row + i] = -0.5f * r * r * along[i];
+                    g_own[row + i] = own[i];
+                }
+            }
+        }
+    }
+    memset(g_bias, 0, c * sizeof(float));
+    if (drops) memset(g_total, 0, c * sizeof(float));
+    for (int t = 0; t < threads; t++)
+        for (int64_t i = 0; i < c; i++) {
+            g_bias[i] += partial[t * 2 * wide + i];
+            if (drops) g_total[i] += partial[(t * 2 + 1) * wide + i];
+        }
+    free(partial);
+    free(zeros);
+}
+
+/* For each position the sums, over the windows that hold it, of two fields of theirs. */
+static void spread(int64_t samples, const Windows *at, const float *first_field, const float *second_field,
+                   float *first_sum, float *second_sum) {
+    int64_t rows = at->size[0] * at->size[1], width = at->size[2];
+    int64_t count = at->windows[0] * at->windows[1] * at->windows[2];
+#pragma omp parallel for schedule(static) if (samples * rows * width > SMALL / 8)
+    for (int64_t job = 0; job < samples * rows; job++) {
+        int64_t n = job / rows, i = job % rows / at->size[1], j = job % at->size[1];
+        float *restrict one = first_sum + job * width, *restrict two = second_sum + job * width;
+        memset(one, 0, width * sizeof(float));
+        memset(two, 0, width * sizeof(float));
+        for (int64_t a = 0; a < at->kernel[0]; a++)
+            for (int64_t b = 0; b < at->kernel[1]; b++) {
+                int64_t d = i + at->pad[0] - a * at->dilation[0], h = j + at->pad[1] - b * at->dilation[1];
+                if (d < 0 || h < 0 || d % at->stride[0] || h % at->stride[1]) continue;
+                d /= at->stride[0], h /= at->stride[1];
+                if (d >= at->windows[0] || h >= at->windows[1]) continue;
+                int64_t row = n * count + (d * at->windows[1] + h) * at->windows[2];
+                for (int64_t k = 0; k < at->kernel[2]; k++) {
+                    int64_t low, high, off, stride = at->stride[2];
+                    within(at, k, &low, &high, &off);
+                    const float *restrict f = first_field + row, *restrict g = second_field + row;
+                    if (stride == 1)
+                        for (int64_t w = low; w < high; w++) one[w + off] += f[w], two[w + off] += g[w];
+                    else
+                        for (int64_t w = low; w < high; w++) one[w * stride + off] += f[w], two[w * stride + off] += g[w];
+                }
+            }
+    }
+}
+
+/* Added in place to g_x: the gradient through the moments, of which `g_own` goes through the mean alone. */
+void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64_t *windows, float *g_x, const float *x,
+                        const float *mean, const float *g_var, const float *g_own, double p, const int64_t *keys,
+                        int64_t threshold) {
+    const Map *m = (const Map *)map, *of_x = (const Map *)map_of_x;
+    const Windows *at = (const Windows *)windows;
+    int64_t count = m->n * at->windows[0] * at->windows[1] * at->windows[2], taps = 1, c = m->c;
+    for (int i = 0; i < 3; i++) taps *= at->kernel[i];
+    Dropout d = {keys, (int32_t)threshold};
+    float kept = 1 - p, share = 1.0f / (taps * c);
+    float *fields = room(2 * count + 2 * m->n * m->s), *slope = fields, *start = fields + count;
+    for (int64_t i = 0; i < count; i++) {
+        float v = share * g_var[i] / (kept * kept);
+        slope[i] = 2 * v;
+        start[i] = -share * g_own[i] / kept - 2 * v * mean[i] * kept;
+    }
+    if (!is_untouched(at)) {
+        spread(m->n, at, slope, start, fields + 2 * count, fields + 2 * count + m->n * m->s);
+        slope = fields + 2 * count, start = slope + m->n * m->s;
+    }
+    int last = channels_last(m);
+    int64_t step = last ? 1 : together(m), blocks = (m->s + step - 1) / step;
+#pragma omp parallel if (m->n * m->s * c > SMALL)
+    {
+        float *keep = room(MAX(c, MOST_POSITIONS));
+        uint32_t *bits = (uint32_t *)room(c / 2 + 1);
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < m->n * blocks; job++) {
+            int64_t n = job / blocks, s = job % blocks * step, size = MIN(step, m->s - s), row = n * m->s + s;
+            if (last) {
+                float *restrict g = g_x + n * m->n_step + s * m->s_step;
+                const float *restrict v = x + n * of_x->n_step + s * of_x->s_step;
+                float a = start[row], b = slope[row];
+                if (keys) {
+                    keep_row(&d, n, s, c, bits, keep);
+                    for (int64_t i = 0; i < c; i++) g[i] += keep[i] * (a + b * v[i]);
+                } else
+                    for (int64_t i = 0; i < c; i++) g[i] += a + b * v[i];
+                continue;
+            }
+            const float *restrict a = start + row, *restrict b = slope + row;
+            for (int64_t channel = 0; channel < c; channel++) {
+                float *restrict g = g_x + n * m->n_step + channel * m->c_step + s;
+                const float *restrict v = x + n * of_x->n_step + channel * of_x->c_step + s;
+                if (keys) {
+                    keep_column(&d, n, c, channel, s, size, keep);
+                    for (int64_t i = 0; i < size; i++) g[i] += keep[i] * (a[i] + b[i] * v[i]);
+                } else
+                    for (int64_t i = 0; i < size; i++) g[i] += a[i] + b[i] * v[i];
+            }
+        }
+        free(keep);
+        free(bits);
+    }
+    free(fields);
+}

@@ -1,0 +1,65 @@
+/* What the passes share: how maps lie in memory, how work is split, and sums over a few thousand values.
+
+   Loops are written for the compiler to turn into vector code; `omp simd` lets it reorder sums. Nothing depends on the
+   number of samples but how the sums of parameters' gradients are split among threads. */
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* (N, C, S): so many samples, channels and positions, and the steps between them. One of the last two steps is 1. */
+typedef struct {
+    int64_t n, c, s, n_step, c_step, s_step;
+} Map;
+
+#define MAP_NUMBERS 6
+
+/* Work below this many values is not worth a thread. */
+#define SMALL 16384
+
+/* Positions that are taken together where channels are far apart: few enough that all their channels stay in cache. */
+#define MOST_POSITIONS 512
+INLINE int64_t together(const Map *m) {
+    int64_t fit = 65536 / MAX(m->c, 1) / 16 * 16;
+    return MIN(MAX(fit, 32), MOST_POSITIONS);
+}
+
+INLINE int channels_last(const Map *m) { return m->c_step == 1; }
+
+/* Room for `count` floats that starts at a cache line. */
+INLINE float *room(int64_t count) {
+    void *found = NULL;
+    if (posix_memalign(&found, 64, (size_t)MAX(count, 16) * sizeof(float))) abort();
+    return found;
+}
+
+INLINE float sum_of(const float *restrict v, int64_t size) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < size; i++) total += v[i];
+    return total;
+}
+
+INLINE float squares_around(const float *restrict v, float mean, int64_t size) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < size; i++) {
+        float off = v[i] - mean;
+        total += off * off;
+    }
+    return total;
+}

@@ -1,0 +1,61 @@
+"""How maps and filters lie in memory, as kernels want to know it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anybatch.methods.windows import Windows
+
+
+class Layout(NamedTuple):
+    """Steps in memory from sample to sample, from position to position in row-major order, and between channels."""
+
+    n: int
+    position: int
+    channel: int
+
+
+@functools.lru_cache(4096)
+def steps(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
+    """The layout of (N, C, *); None where its positions are not one step apart."""
+    step = expected = strides[-1]
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
+        if size > 1 and stride != expected:
+            return None
+        expected *= size
+    return Layout(strides[0], step, strides[1])
+
+
+def layout_of(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
+    """`steps` of a map that has them."""
+    if (layout := steps(shape, strides)) is None:
+        raise ValueError(f"a map of shape {tuple(shape)} and strides {strides} is no layout of kernels")
+    return layout
+
+
+def laid_out(t: Tensor, like: Tensor) -> Tensor:
+    """``t``, or a copy that lies in memory as ``like`` does."""
+    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def filters_as_rows(weight: Tensor) -> Tensor:
+    """``weight``, or a copy, whose filters are rows in memory one after another."""
+    size = weight[0].numel()
+    dense = weight.is_contiguous() or (weight.dim() in (4, 5) and weight.movedim(1, -1).is_contiguous())
+    return weight if dense and weight.stride(0) == size else weight.contiguous()
+
+
+def three(sizes: Sequence[int], missing: int = 1) -> tuple[int, ...]:
+    """One number for each of three dimensions, the outermost first."""
+    return (missing,) * (3 - len(sizes)) + tuple(sizes)
+
+
+def places(at: Windows) -> tuple[int, ...]:
+    """Kernel, stride, padding before, and dilation, three numbers each."""
+    pads = [before for before, _ in at.pads]
+    return *three(at.kernel), *three(at.stride), *three(pads, 0), *three(at.dilation)

@@ -1,0 +1,142 @@
+"""KNConv's stages in C, for float32 on the CPU: two calls beside the convolution forward and three backward.
+
+The gradient of ``x`` is taken through the weight as it is: with K values in a window that adds ``sum_o h_o s_o / K`` of
+each window to all its values, which is what the mean's own gradient takes away where there is no dropout. So the
+filters need not be centered again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.kernels.fused_kn_conv import kn_conv_in_stages
+from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
+from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages
+from anybatch.kernels.layouts import filters_as_rows, laid_out, places, steps, three
+from anybatch.kernels.native_common import address, as_map, function, numbers, refused_native
+from anybatch.methods.kernel_norm import dropout_keys, dropout_threshold
+from anybatch.methods.kn_conv import kn_conv
+from anybatch.methods.windows import Windows
+
+
+def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> str | None:
+    if (reason := refused_native(x)) or (reason := refused_by_formulas(x, weight, bias, *args, **options)):
+        return reason
+    if not 3 <= x.dim() <= 5:
+        return f"x of shape {tuple(x.shape)} is no map of one to three dimensions"
+    if bias is not None and bias.dtype != x.dtype:
+        return f"bias is {bias.dtype}"
+    return None if passes(x) else "x is neither contiguous nor channels last"
+
+
+def passes(x: Tensor) -> bool:
+    """Whether (N, C, *) lies in memory with either its channels or its positions one behind the other."""
+    layout = steps(x.shape, x.stride())
+    return layout is not None and (layout.channel == 1 or layout.position == 1)
+
+
+def _windows(sizes: torch.Size, windows: torch.Size, at: Windows) -> Any:
+    return numbers(*three(sizes), *three(windows), *places(at))
+
+
+def _dropout(p: float, seed: Tensor | None, samples: int) -> tuple[Tensor | None, int]:
+    """The keys of the samples, and the threshold."""
+    return (None, 0) if seed is None else (dropout_keys(seed, samples), dropout_threshold(p))
+
+
+def _fields(like: Tensor, positions: torch.Size) -> Tensor:
+    return like.new_empty((len(like), 1, *positions))
+
+
+class NativeStages(Stages):
+    pulls_by_weight = True
+
+    def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
+        mean, var = _fields(x, x.shape[2:]), _fields(x, x.shape[2:])
+        own = None if seed is None else torch.empty_like(mean)
+        keys, threshold = _dropout(p, seed, len(x))
+        to = (address(mean), address(var), address(own))
+        function("kn_pixels", "pppippp")(as_map(x.shape, x.stride()), address(x), address(keys), threshold, *to)
+        return Pixels(mean, var, own)
+
+    def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
+        weight = filters_as_rows(weight)
+        centered, total = torch.empty_like(weight), weight.new_empty(len(weight))
+        shape = (len(weight), weight[0].numel())
+        function("kn_filters", "iippp")(*shape, address(weight), address(centered), address(total))
+        return Filters(centered, total, None)
+
+    def normalized(
+        self,
+        z: Tensor,
+        pixels: Pixels,
+        filters: Filters,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        at: Windows,
+        p: float,
+        eps: float,
+        relu: bool,
+    ) -> Normalized:
+        z = z if passes(z) else z.contiguous()
+        mean, scale = _fields(z, z.shape[2:]), _fields(z, z.shape[2:])
+        apart = None if pixels.own is None else torch.empty_like(mean)
+        beside = None if residual is None else laid_out(residual, z)
+        windows = _windows(pixels.mean.shape[2:], z.shape[2:], at)
+        of_pixels = (address(pixels.mean), address(pixels.var), address(pixels.own))
+        more = (address(filters.total), address(bias), address(beside), p, eps, relu)
+        function("kn_normalized", "pppppppppddippp")(
+            *(as_map(z.shape, z.stride()), windows, address(z), *of_pixels, *more),
+            *(address(mean), address(scale), address(apart)),
+        )
+        return Normalized(z, mean, scale, apart, None)
+
+    def pulled(
+        self,
+        gradient: Tensor,
+        done: Normalized,
+        total: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        at: Windows,
+        relu: bool,
+    ) -> Pulled:
+        y = done.y
+        beside = None if residual is None else laid_out(residual, y)
+        h = torch.empty_like(y)
+        masked = torch.empty_like(y) if relu and residual is not None else None
+        g_var, g_own = torch.empty_like(done.mean), torch.empty_like(done.mean)
+        g_bias, g_total = total.new_empty((2, len(total))).unbind()
+        drops = done.apart is not None
+        given = (address(gradient), address(y), address(beside), address(bias), address(total))
+        to = (h, masked, g_var, g_own, g_bias, g_total if drops else None)
+        function("kn_pulled", "ppppppppipppppp")(
+            *(as_map(y.shape, y.stride()), *given, address(done.scale), address(done.apart), relu),
+            *(address(t) for t in to),
+        )
+        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total if drops else None)
+
+    def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
+        g = filters_as_rows(g_centered)
+        function("kn_through_filters", "iipp")(len(g), g[0].numel(), address(g), address(g_total))
+        return g
+
+    def through_moments(
+        self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
+    ) -> Tensor:
+        g_x = laid_out(g_x, x)
+        windows = _windows(x.shape[2:], done.mean.shape[2:], at)
+        keys, threshold = _dropout(p, seed, len(x))
+        function("kn_through_moments", "ppppppppdpi")(
+            *(as_map(g_x.shape, g_x.stride()), as_map(x.shape, x.stride()), windows, address(g_x), address(x)),
+            *(address(done.mean), address(back.var), address(back.own), p, address(keys), threshold),
+        )
+        return g_x
+
+
+@kn_conv.kernel("native", refusal=_refusal, first=True)
+def native_kn_conv(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    return kn_conv_in_stages(NativeStages(), x, *args, **options)
