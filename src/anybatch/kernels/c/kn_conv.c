@@ -32,15 +32,16 @@ INLINE void keep_row(const Dropout *d, int64_t n, int64_t s, int64_t c, uint32_t
     for (int64_t i = 0; i < c; i++) keep[i] = halves[i] >= threshold ? 1.0f : 0.0f;
 }
 
-/* The same of one channel at positions from `s` on. */
-INLINE void keep_column(const Dropout *d, int64_t n, int64_t c, int64_t channel, int64_t s, int64_t count,
-                        float *restrict keep) {
+/* The same of a pair of channels at positions from `s` on. */
+INLINE void keep_columns(const Dropout *d, int64_t n, int64_t c, int64_t pair, int64_t s, int64_t count,
+                         float *restrict keep, float *restrict keep_next) {
     uint32_t low = (uint32_t)d->keys[n], high = (uint32_t)(d->keys[n] >> 32), pairs = (uint32_t)((c + 1) / 2);
-    uint32_t pair = (uint32_t)(channel / 2), first = (uint32_t)s;
-    int32_t threshold = d->threshold, shift = channel % 2 ? 0 : 16;
+    uint32_t first = (uint32_t)s * pairs + (uint32_t)pair;
+    int32_t threshold = d->threshold;
     for (int64_t i = 0; i < count; i++) {
-        uint32_t bits = hashed((first + (uint32_t)i) * pairs + pair, low, high);
-        keep[i] = ((int32_t)(bits << shift) >> 16) >= threshold ? 1.0f : 0.0f;
+        int32_t bits = (int32_t)hashed(first + (uint32_t)i * pairs, low, high);
+        keep[i] = (int16_t)bits >= threshold ? 1.0f : 0.0f;
+        keep_next[i] = bits >> 16 >= threshold ? 1.0f : 0.0f;
     }
 }
 
@@ -71,43 +72,46 @@ static void moments_of_rows(const Map *m, const float *x, const Dropout *d, floa
 
 static void moments_of_planes(const Map *m, const float *x, const Dropout *d, float *mean, float *var, float *own) {
     int64_t step = together(m), blocks = (m->s + step - 1) / step, c = m->c;
-#pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
-    for (int64_t job = 0; job < m->n * blocks; job++) {
-        int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s);
-        const float *v = x + n * m->n_step + s;
-        float sum[MOST_POSITIONS] = {0}, squares[MOST_POSITIONS] = {0}, all[MOST_POSITIONS] = {0};
-        float keep[MOST_POSITIONS];
-        for (int64_t channel = 0; channel < c; channel++) {
-            const float *u = v + channel * m->c_step;
-            if (d->keys) {
-                keep_column(d, n, c, channel, s, count, keep);
-                for (int64_t i = 0; i < count; i++) all[i] += u[i], sum[i] += keep[i] * u[i];
-            } else {
-                for (int64_t i = 0; i < count; i++) sum[i] += u[i];
+#pragma omp parallel if (m->n * m->s * c > SMALL)
+    {
+        float *kept = d->keys ? room(step * c) : NULL; /* what dropout leaves of a block */
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < m->n * blocks; job++) {
+            int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s), between = m->c_step;
+            const float *v = x + n * m->n_step + s;
+            float sum[MOST_POSITIONS] = {0}, squares[MOST_POSITIONS] = {0}, all[MOST_POSITIONS] = {0};
+            float keep[2][MOST_POSITIONS];
+            for (int64_t channel = 0; channel < c; channel++) {
+                const float *restrict u = v + channel * m->c_step;
+                if (d->keys) {
+                    if (channel % 2 == 0) keep_columns(d, n, c, channel / 2, s, count, keep[0], keep[1]);
+                    const float *restrict k = keep[channel % 2];
+                    float *restrict left = kept + channel * step;
+                    for (int64_t i = 0; i < count; i++) {
+                        all[i] += u[i];
+                        left[i] = k[i] * u[i];
+                        sum[i] += left[i];
+                    }
+                } else
+                    for (int64_t i = 0; i < count; i++) sum[i] += u[i];
             }
-        }
-        for (int64_t i = 0; i < count; i++) sum[i] /= c;
-        for (int64_t channel = 0; channel < c; channel++) {
-            const float *u = v + channel * m->c_step;
-            if (d->keys) {
-                keep_column(d, n, c, channel, s, count, keep);
-                for (int64_t i = 0; i < count; i++) {
-                    float off = keep[i] * u[i] - sum[i];
-                    squares[i] += off * off;
-                }
-            } else {
+            for (int64_t i = 0; i < count; i++) sum[i] /= c;
+            if (d->keys) v = kept, between = step;
+            for (int64_t channel = 0; channel < c; channel++) {
+                const float *restrict u = v + channel * between;
                 for (int64_t i = 0; i < count; i++) {
                     float off = u[i] - sum[i];
                     squares[i] += off * off;
                 }
             }
+            int64_t at = n * m->s + s;
+            for (int64_t i = 0; i < count; i++) {
+                mean[at + i] = sum[i];
+                var[at + i] = squares[i] / c;
+                if (own) own[at + i] = all[i] / c;
+            }
         }
-        int64_t at = n * m->s + s;
-        for (int64_t i = 0; i < count; i++) {
-            mean[at + i] = sum[i];
-            var[at + i] = squares[i] / c;
-            if (own) own[at + i] = all[i] / c;
-        }
+        free(kept);
     }
 }
 
@@ -472,7 +476,7 @@ void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64
     int64_t step = last ? 1 : together(m), blocks = (m->s + step - 1) / step;
 #pragma omp parallel if (m->n * m->s * c > SMALL)
     {
-        float *keep = room(MAX(c, MOST_POSITIONS));
+        float *keep = room(MAX(c, 2 * MOST_POSITIONS));
         uint32_t *bits = (uint32_t *)room(c / 2 + 1);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < m->n * blocks; job++) {
@@ -493,8 +497,9 @@ void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64
                 float *restrict g = g_x + n * m->n_step + channel * m->c_step + s;
                 const float *restrict v = x + n * of_x->n_step + channel * of_x->c_step + s;
                 if (keys) {
-                    keep_column(&d, n, c, channel, s, size, keep);
-                    for (int64_t i = 0; i < size; i++) g[i] += keep[i] * (a[i] + b[i] * v[i]);
+                    if (channel % 2 == 0) keep_columns(&d, n, c, channel / 2, s, size, keep, keep + MOST_POSITIONS);
+                    const float *restrict k = keep + channel % 2 * MOST_POSITIONS;
+                    for (int64_t i = 0; i < size; i++) g[i] += k[i] * (a[i] + b[i] * v[i]);
                 } else
                     for (int64_t i = 0; i < size; i++) g[i] += a[i] + b[i] * v[i];
             }
