@@ -17,7 +17,7 @@ from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages
 from anybatch.kernels.layouts import filters_as_rows, laid_out, places, steps, three
 from anybatch.kernels.native_common import address, as_map, function, numbers, refused_native
-from anybatch.methods.kernel_norm import dropout_keys, dropout_threshold
+from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.windows import Windows
 
@@ -42,11 +42,6 @@ def _windows(sizes: torch.Size, windows: torch.Size, at: Windows) -> Any:
     return numbers(*three(sizes), *three(windows), *places(at))
 
 
-def _dropout(p: float, seed: Tensor | None, samples: int) -> tuple[Tensor | None, int]:
-    """The keys of the samples, and the threshold."""
-    return (None, 0) if seed is None else (dropout_keys(seed, samples), dropout_threshold(p))
-
-
 def _fields(like: Tensor, positions: torch.Size) -> Tensor:
     return like.new_empty((len(like), 1, *positions))
 
@@ -57,9 +52,10 @@ class NativeStages(Stages):
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
         mean, var = _fields(x, x.shape[2:]), _fields(x, x.shape[2:])
         own = None if seed is None else torch.empty_like(mean)
-        keys, threshold = _dropout(p, seed, len(x))
         to = (address(mean), address(var), address(own))
-        function("kn_pixels", "pppippp")(as_map(x.shape, x.stride()), address(x), address(keys), threshold, *to)
+        function("kn_pixels", "pppippp")(
+            as_map(x.shape, x.stride()), address(x), address(seed), dropout_threshold(p), *to
+        )
         return Pixels(mean, var, own)
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
@@ -129,10 +125,9 @@ class NativeStages(Stages):
     ) -> Tensor:
         g_x = laid_out(g_x, x)
         windows = _windows(x.shape[2:], done.mean.shape[2:], at)
-        keys, threshold = _dropout(p, seed, len(x))
         function("kn_through_moments", "ppppppppdpi")(
             *(as_map(g_x.shape, g_x.stride()), as_map(x.shape, x.stride()), windows, address(g_x), address(x)),
-            *(address(done.mean), address(back.var), address(back.own), p, address(keys), threshold),
+            *(address(done.mean), address(back.var), address(back.own), p, address(seed), dropout_threshold(p)),
         )
         return g_x
 

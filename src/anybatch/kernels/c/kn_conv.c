@@ -11,9 +11,17 @@ typedef struct {
 
 /* Of every value of a sample whether dropout keeps it: two channels of a position share a hash of 32 bits. */
 typedef struct {
-    const int64_t *keys; /* (N,); NULL without dropout */
+    const int64_t *seed; /* NULL without dropout */
     int32_t threshold;
 } Dropout;
+
+/* The number of SplitMix64 for a sample, both halves of which are keys. */
+INLINE uint64_t key_of(const Dropout *d, int64_t n) {
+    uint64_t z = (uint64_t)*d->seed + (uint64_t)(n + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
 
 INLINE uint32_t hashed(uint32_t place, uint32_t low, uint32_t high) {
     uint32_t z = place ^ low;
@@ -22,20 +30,20 @@ INLINE uint32_t hashed(uint32_t place, uint32_t low, uint32_t high) {
     return z ^ (z >> 16);
 }
 
-/* 1 where a value of position `s` is kept, else 0; `bits` has room for the pairs of channels. */
-INLINE void keep_row(const Dropout *d, int64_t n, int64_t s, int64_t c, uint32_t *restrict bits, float *restrict keep) {
-    uint32_t low = (uint32_t)d->keys[n], high = (uint32_t)(d->keys[n] >> 32), pairs = (uint32_t)((c + 1) / 2);
+/* The hashes of position `s`: as int16, one for each channel, which is kept where it is not below the threshold. */
+INLINE const int16_t *hash_row(const Dropout *d, int64_t n, int64_t s, int64_t c, uint32_t *restrict bits) {
+    uint64_t key = key_of(d, n);
+    uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32), pairs = (uint32_t)((c + 1) / 2);
     uint32_t first = (uint32_t)s * pairs;
     for (uint32_t j = 0; j < pairs; j++) bits[j] = hashed(first + j, low, high);
-    const int16_t *halves = (const int16_t *)bits;
-    int32_t threshold = d->threshold;
-    for (int64_t i = 0; i < c; i++) keep[i] = halves[i] >= threshold ? 1.0f : 0.0f;
+    return (const int16_t *)bits;
 }
 
-/* The same of a pair of channels at positions from `s` on. */
+/* 1 where a value of two channels is kept, else 0, at positions from `s` on. */
 INLINE void keep_columns(const Dropout *d, int64_t n, int64_t c, int64_t pair, int64_t s, int64_t count,
                          float *restrict keep, float *restrict keep_next) {
-    uint32_t low = (uint32_t)d->keys[n], high = (uint32_t)(d->keys[n] >> 32), pairs = (uint32_t)((c + 1) / 2);
+    uint64_t key = key_of(d, n);
+    uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32), pairs = (uint32_t)((c + 1) / 2);
     uint32_t first = (uint32_t)s * pairs + (uint32_t)pair;
     int32_t threshold = d->threshold;
     for (int64_t i = 0; i < count; i++) {
@@ -46,24 +54,57 @@ INLINE void keep_columns(const Dropout *d, int64_t n, int64_t c, int64_t pair, i
 }
 
 /* Mean and biased variance over the channels of each position, after dropout, and with it the mean before. */
+#define ROWS 4 /* taken together, since one alone is too short to keep the processor busy */
+
 static void moments_of_rows(const Map *m, const float *x, const Dropout *d, float *mean, float *var, float *own) {
     int64_t rows = m->n * m->s, c = m->c;
 #pragma omp parallel if (rows * c > SMALL)
     {
-        float *kept = d->keys ? room(c) : NULL;
-        uint32_t *bits = d->keys ? (uint32_t *)room(c / 2 + 1) : NULL;
+        float *kept = d->seed ? room(ROWS * c) : NULL;
+        uint32_t *bits = d->seed ? (uint32_t *)room(c / 2 + 1) : NULL;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            int64_t n = row / m->s, s = row % m->s;
-            const float *v = x + n * m->n_step + s * m->s_step;
-            if (d->keys) {
-                own[row] = sum_of(v, c) / c;
-                keep_row(d, n, s, c, bits, kept);
-                for (int64_t i = 0; i < c; i++) kept[i] *= v[i];
-                v = kept;
+        for (int64_t first = 0; first < rows; first += ROWS) {
+            int64_t row[ROWS];
+            const float *v[ROWS];
+            float sum[ROWS];
+            for (int r = 0; r < ROWS; r++) {
+                row[r] = MIN(first + r, rows - 1); /* the last one again behind it */
+                int64_t n = row[r] / m->s, s = row[r] % m->s;
+                v[r] = x + n * m->n_step + s * m->s_step;
+                if (d->seed) {
+                    const int16_t *hashes = hash_row(d, n, s, c, bits);
+                    const float *restrict from = v[r];
+                    float *restrict left = kept + r * c;
+                    float all = 0, some = 0;
+                    int32_t threshold = d->threshold;
+#pragma omp simd reduction(+ : all, some)
+                    for (int64_t i = 0; i < c; i++) {
+                        float u = from[i] * (hashes[i] >= threshold ? 1.0f : 0.0f);
+                        left[i] = u;
+                        all += from[i];
+                        some += u;
+                    }
+                    own[row[r]] = all / c;
+                    sum[r] = some;
+                    v[r] = left;
+                }
             }
-            mean[row] = sum_of(v, c) / c;
-            var[row] = squares_around(v, mean[row], c) / c;
+            const float *restrict v0 = v[0], *restrict v1 = v[1], *restrict v2 = v[2], *restrict v3 = v[3];
+            if (!d->seed) {
+                float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+                for (int64_t i = 0; i < c; i++) s0 += v0[i], s1 += v1[i], s2 += v2[i], s3 += v3[i];
+                sum[0] = s0, sum[1] = s1, sum[2] = s2, sum[3] = s3;
+            }
+            float m0 = sum[0] / c, m1 = sum[1] / c, m2 = sum[2] / c, m3 = sum[3] / c;
+            float q0 = 0, q1 = 0, q2 = 0, q3 = 0;
+#pragma omp simd reduction(+ : q0, q1, q2, q3)
+            for (int64_t i = 0; i < c; i++) {
+                float o0 = v0[i] - m0, o1 = v1[i] - m1, o2 = v2[i] - m2, o3 = v3[i] - m3;
+                q0 += o0 * o0, q1 += o1 * o1, q2 += o2 * o2, q3 += o3 * o3;
+            }
+            mean[row[0]] = m0, mean[row[1]] = m1, mean[row[2]] = m2, mean[row[3]] = m3;
+            var[row[0]] = q0 / c, var[row[1]] = q1 / c, var[row[2]] = q2 / c, var[row[3]] = q3 / c;
         }
         free(kept);
         free(bits);
@@ -74,7 +115,7 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
     int64_t step = together(m), blocks = (m->s + step - 1) / step, c = m->c;
 #pragma omp parallel if (m->n * m->s * c > SMALL)
     {
-        float *kept = d->keys ? room(step * c) : NULL; /* what dropout leaves of a block */
+        float *kept = d->seed ? room(step * c) : NULL; /* what dropout leaves of a block */
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < m->n * blocks; job++) {
             int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s), between = m->c_step;
@@ -83,7 +124,7 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
             float keep[2][MOST_POSITIONS];
             for (int64_t channel = 0; channel < c; channel++) {
                 const float *restrict u = v + channel * m->c_step;
-                if (d->keys) {
+                if (d->seed) {
                     if (channel % 2 == 0) keep_columns(d, n, c, channel / 2, s, count, keep[0], keep[1]);
                     const float *restrict k = keep[channel % 2];
                     float *restrict left = kept + channel * step;
@@ -96,7 +137,7 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
                     for (int64_t i = 0; i < count; i++) sum[i] += u[i];
             }
             for (int64_t i = 0; i < count; i++) sum[i] /= c;
-            if (d->keys) v = kept, between = step;
+            if (d->seed) v = kept, between = step;
             for (int64_t channel = 0; channel < c; channel++) {
                 const float *restrict u = v + channel * between;
                 for (int64_t i = 0; i < count; i++) {
@@ -115,10 +156,10 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
     }
 }
 
-void kn_pixels(const int64_t *map, const float *x, const int64_t *keys, int64_t threshold, float *mean, float *var,
+void kn_pixels(const int64_t *map, const float *x, const int64_t *seed, int64_t threshold, float *mean, float *var,
                float *own) {
     const Map *m = (const Map *)map;
-    Dropout d = {keys, (int32_t)threshold};
+    Dropout d = {seed, (int32_t)threshold};
     (channels_last(m) ? moments_of_rows : moments_of_planes)(m, x, &d, mean, var, own);
 }
 
@@ -389,11 +430,12 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
                             drops ? apart[row] : 0, h + at, left, biases, totals, g_var + row, g_own + row);
             }
         } else {
-            int64_t step = together(m), blocks = (m->s + step - 1) / step;
+            int64_t step = stretch(m), blocks = (m->s + step - 1) / step;
+            float *along = room(2 * step), *own = along + step;
 #pragma omp for schedule(static)
             for (int64_t job = 0; job < m->n * blocks; job++) {
                 int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s), row = n * m->s + s;
-                float along[MOST_POSITIONS] = {0}, own[MOST_POSITIONS] = {0};
+                memset(along, 0, 2 * step * sizeof(float));
                 for (int64_t i = 0; i < c; i++) {
                     int64_t at = n * m->n_step + i * m->c_step + s;
                     const float *beside = residual ? residual + at : NULL;
@@ -408,6 +450,7 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
                     g_own[row + i] = own[i];
                 }
             }
+            free(along);
         }
     }
     memset(g_bias, 0, c * sizeof(float));
@@ -454,13 +497,13 @@ static void spread(int64_t samples, const Windows *at, const float *first_field,
 
 /* Added in place to g_x: the gradient through the moments, of which `g_own` goes through the mean alone. */
 void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64_t *windows, float *g_x, const float *x,
-                        const float *mean, const float *g_var, const float *g_own, double p, const int64_t *keys,
+                        const float *mean, const float *g_var, const float *g_own, double p, const int64_t *seed,
                         int64_t threshold) {
     const Map *m = (const Map *)map, *of_x = (const Map *)map_of_x;
     const Windows *at = (const Windows *)windows;
     int64_t count = m->n * at->windows[0] * at->windows[1] * at->windows[2], taps = 1, c = m->c;
     for (int i = 0; i < 3; i++) taps *= at->kernel[i];
-    Dropout d = {keys, (int32_t)threshold};
+    Dropout d = {seed, (int32_t)threshold};
     float kept = 1 - p, share = 1.0f / (taps * c);
     float *fields = room(2 * count + 2 * m->n * m->s), *slope = fields, *start = fields + count;
     for (int64_t i = 0; i < count; i++) {
@@ -473,10 +516,10 @@ void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64
         slope = fields + 2 * count, start = slope + m->n * m->s;
     }
     int last = channels_last(m);
-    int64_t step = last ? 1 : together(m), blocks = (m->s + step - 1) / step;
+    int64_t step = last ? 1 : stretch(m), blocks = (m->s + step - 1) / step;
 #pragma omp parallel if (m->n * m->s * c > SMALL)
     {
-        float *keep = room(MAX(c, 2 * MOST_POSITIONS));
+        float *keep = room(2 * step);
         uint32_t *bits = (uint32_t *)room(c / 2 + 1);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < m->n * blocks; job++) {
@@ -485,9 +528,10 @@ void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64
                 float *restrict g = g_x + n * m->n_step + s * m->s_step;
                 const float *restrict v = x + n * of_x->n_step + s * of_x->s_step;
                 float a = start[row], b = slope[row];
-                if (keys) {
-                    keep_row(&d, n, s, c, bits, keep);
-                    for (int64_t i = 0; i < c; i++) g[i] += keep[i] * (a + b * v[i]);
+                if (seed) {
+                    const int16_t *hashes = hash_row(&d, n, s, c, bits);
+                    for (int64_t i = 0; i < c; i++)
+                        g[i] += (hashes[i] >= d.threshold ? 1.0f : 0.0f) * (a + b * v[i]);
                 } else
                     for (int64_t i = 0; i < c; i++) g[i] += a + b * v[i];
                 continue;
@@ -496,9 +540,9 @@ void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64
             for (int64_t channel = 0; channel < c; channel++) {
                 float *restrict g = g_x + n * m->n_step + channel * m->c_step + s;
                 const float *restrict v = x + n * of_x->n_step + channel * of_x->c_step + s;
-                if (keys) {
-                    if (channel % 2 == 0) keep_columns(&d, n, c, channel / 2, s, size, keep, keep + MOST_POSITIONS);
-                    const float *restrict k = keep + channel % 2 * MOST_POSITIONS;
+                if (seed) {
+                    if (channel % 2 == 0) keep_columns(&d, n, c, channel / 2, s, size, keep, keep + step);
+                    const float *restrict k = keep + channel % 2 * step;
                     for (int64_t i = 0; i < size; i++) g[i] += k[i] * (a[i] + b[i] * v[i]);
                 } else
                     for (int64_t i = 0; i < size; i++) g[i] += a[i] + b[i] * v[i];

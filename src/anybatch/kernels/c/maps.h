@@ -38,6 +38,12 @@ INLINE int64_t together(const Map *m) {
     return MIN(MAX(fit, 32), MOST_POSITIONS);
 }
 
+/* The same where each value is taken once: long, for few jumps in memory, but with work for every thread. */
+INLINE int64_t stretch(const Map *m) {
+    int64_t share = m->n * m->s / omp_get_max_threads();
+    return MAX(256, MIN(share, 4096)) / 16 * 16;
+}
+
 INLINE int channels_last(const Map *m) { return m->c_step == 1; }
 
 /* Room for `count` floats that starts at a cache line. */
