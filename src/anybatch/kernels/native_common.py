@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.kernels.activations import refused_tracing
-from anybatch.kernels.layouts import layout_of
+from anybatch.kernels.layouts import layout_of, steps
 
 _SOURCES = Path(__file__).with_name("c")
 _FLAGS = (
@@ -113,6 +113,12 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+
+
+def passes(x: Tensor) -> bool:
+    """Whether (N, C, *) lies in memory with either its channels or its positions one behind the other."""
+    layout = steps(x.shape, x.stride())
+    return layout is not None and (layout.channel == 1 or layout.position == 1)
 
 
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}

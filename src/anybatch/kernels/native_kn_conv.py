@@ -15,8 +15,8 @@ from torch import Tensor
 from anybatch.kernels.fused_kn_conv import kn_conv_in_stages
 from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages
-from anybatch.kernels.layouts import filters_as_rows, laid_out, places, steps, three
-from anybatch.kernels.native_common import address, as_map, function, numbers, refused_native
+from anybatch.kernels.layouts import filters_as_rows, laid_out, places, three
+from anybatch.kernels.native_common import address, as_map, function, numbers, passes, refused_native
 from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.windows import Windows
@@ -30,12 +30,6 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
     if bias is not None and bias.dtype != x.dtype:
         return f"bias is {bias.dtype}"
     return None if passes(x) else "x is neither contiguous nor channels last"
-
-
-def passes(x: Tensor) -> bool:
-    """Whether (N, C, *) lies in memory with either its channels or its positions one behind the other."""
-    layout = steps(x.shape, x.stride())
-    return layout is not None and (layout.channel == 1 or layout.position == 1)
 
 
 def _windows(sizes: torch.Size, windows: torch.Size, at: Windows) -> Any:

@@ -1,0 +1,189 @@
+"""Group normalization and Batch-Channel Norm in C, for float32 on the CPU, with a ReLU or without.
+
+One call forward and one backward. Kept are ``x``, the parameters, and two numbers a group of each sample.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.kernels.layouts import laid_out
+from anybatch.kernels.native_common import address, as_map, function, passes, refused_native
+from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.torch_group_norm import refused_groups
+from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
+from anybatch.methods.group_norm import group_norm
+
+
+class _ChannelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        batch_mean: Tensor | None,
+        batch_var: Tensor | None,
+        batch_weight: Tensor | None,
+        batch_bias: Tensor | None,
+        eps: float,
+        activation: str,
+    ) -> Tensor:
+        ctx.groups, ctx.eps, ctx.activation = groups, eps, activation
+        y = torch.empty_like(x)
+        mean, rstd = x.new_empty((2, len(x), groups)).unbind()
+        numbers = _numbers(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, eps)
+        function("channel_norm", "ppippppppdippp")(
+            *(as_map(x.shape, x.stride()), as_map(y.shape, y.stride()), groups, address(x)),
+            *(address(t) for t in numbers),
+            *(eps, activation == "relu", address(y), address(mean), address(rstd)),
+        )
+        ctx.save_for_backward(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias, *batch, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives
+            return *_second(ctx, x, weight, bias, *batch, gradient), None, None
+        center, slope, start, *scales = _numbers(x, weight, bias, batch[0], batch[1], batch[2], batch[3], ctx.eps)
+        gradient, g_x = laid_out(gradient, x), torch.empty_like(x)
+        sums = x.new_empty((4, x.shape[1]))
+        maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+        function("channel_norm_backward", "pppipppppppp" + "ippp")(
+            *(*maps, ctx.groups, address(x), *(address(t) for t in (center, slope, start, *scales, mean, rstd))),
+            *(ctx.activation == "relu", address(gradient), address(g_x), address(sums)),
+        )
+        g_bias, g_weight, total, along = sums
+        return g_x, None, *_given((weight, g_weight), (bias, g_bias)), *_batch(batch, total, along, ctx.eps), None, None
+
+
+def _numbers(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """Center, slope and start of the batch part, each (C,), then the scale and the shift of channels."""
+    c = x.shape[1]
+    scales = (x.new_ones(c) if weight is None else weight, x.new_zeros(c) if bias is None else bias)
+    if mean is None or var is None:
+        return None, None, None, *scales
+    slope = torch.rsqrt(var + eps)
+    slope = slope if batch_weight is None else slope * batch_weight
+    return mean, slope, x.new_zeros(c) if batch_bias is None else batch_bias, *scales
+
+
+def _given(*pairs: tuple[Tensor | None, Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of what was given."""
+    return tuple(None if t is None else g for t, g in pairs)
+
+
+def _batch(given: list[Tensor | None], total: Tensor, along: Tensor, eps: float) -> tuple[Tensor | None, ...]:
+    """Gradients of the batch part, from sums of z's gradient and of it times ``x - mean``."""
+    mean, var, weight, bias = given
+    if mean is None or var is None:
+        return None, None, None, None
+    rstd = torch.rsqrt(var + eps)
+    slope, weighted = (rstd, along) if weight is None else (rstd * weight, along * weight)
+    return _given((mean, -slope * total), (var, -0.5 * rstd**3 * weighted), (weight, along * rstd), (bias, total))
+
+
+def _second(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
+    """Gradients that are functions of what was given, of the reference."""
+    *batch, gradient = more
+    options = {"eps": ctx.eps, "activation": ctx.activation}
+    if batch[0] is None:
+        found = recomputed_gradients(partial(group_norm.reference, **options), (x, ctx.groups, weight, bias), gradient)
+        return *found, None, None, None, None
+
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, *batch: Tensor | None) -> Tensor:
+        return batch_channel_norm.reference(x, ctx.groups, *batch, weight, bias, **options)
+
+    g_x, *found = recomputed_gradients(call, (x, weight, bias, *batch), gradient)
+    return g_x, None, *found
+
+
+def _refused(x: Tensor, groups: int, activation: str, *tensors: Tensor | None) -> str | None:
+    if (reason := refused_native(x)) or (reason := refused_groups(x, groups)):
+        return reason
+    if activation not in ("none", "relu"):
+        return f"activation={activation!r} is none of none, relu"
+    if any(t is not None and (t.dtype != x.dtype or t.device != x.device or not t.is_contiguous()) for t in tensors):
+        return "a parameter has another dtype than x or is not contiguous"
+    return None if passes(x) else "x is neither contiguous nor channels last"
+
+
+def _refusal(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> str | None:
+    if any(p is not None and p.shape != x.shape[1:2] for p in (weight, bias)):
+        return "weight or bias is not one number a channel of x"
+    return _refused(x, groups, activation, weight, bias)
+
+
+@group_norm.kernel("native", refusal=_refusal, first=True)
+def native_group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    return _ChannelNorm.apply(x, groups, weight, bias, None, None, None, None, eps, activation)
+
+
+def _batch_refusal(
+    x: Tensor,
+    groups: int,
+    mean: Tensor,
+    var: Tensor,
+    batch_weight: Tensor | None = None,
+    batch_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> str | None:
+    of_channels, of_either = (mean, var, batch_weight, batch_bias), (weight, bias)
+    if any(p is not None and p.shape != x.shape[1:2] for p in of_channels) or any(
+        p is not None and (p.dim() != 1 or len(p) not in (x.shape[1], groups)) for p in of_either
+    ):
+        return "statistics, scales or shifts are not one number a channel of x, or a group"
+    return _refused(x, groups, activation, *of_channels, *of_either)
+
+
+@batch_channel_norm.kernel("native", refusal=_batch_refusal, first=True)
+def native_batch_channel_norm(
+    x: Tensor,
+    groups: int,
+    mean: Tensor,
+    var: Tensor,
+    batch_weight: Tensor | None = None,
+    batch_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    weight, bias = (by_channel(p, x.shape[1]) for p in (weight, bias))
+    return _ChannelNorm.apply(x, groups, weight, bias, mean, var, batch_weight, batch_bias, eps, activation)
