@@ -16,6 +16,7 @@ from anybatch.kernels.native_common import address, as_map, function, passes, re
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
+from anybatch.methods.batch_norm import channel_moments
 from anybatch.methods.group_norm import group_norm
 
 
@@ -187,3 +188,16 @@ def native_batch_channel_norm(
 ) -> Tensor:
     weight, bias = (by_channel(p, x.shape[1]) for p in (weight, bias))
     return _ChannelNorm.apply(x, groups, weight, bias, mean, var, batch_weight, batch_bias, eps, activation)
+
+
+def _refusal_of_moments(x: Tensor) -> str | None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "x asks for a gradient"
+    return refused_native(x) or (None if passes(x) else "x is neither contiguous nor channels last")
+
+
+@channel_moments.kernel("native", refusal=_refusal_of_moments)
+def native_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, squares = x.new_empty((2, x.shape[1])).unbind()
+    function("channel_moments", "pppp")(as_map(x.shape, x.stride()), address(x), address(mean), address(squares))
+    return mean, squares

@@ -82,7 +82,10 @@ def batch_part(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
 
 def by_channel(values: Tensor | None, channels: int, dtype: torch.dtype | None = None) -> Tensor | None:
     """(G,) or (C,) as (C,)."""
-    return None if values is None else values.to(dtype or values.dtype).repeat_interleave(channels // values.numel())
+    if values is None:
+        return None
+    wide = values.to(dtype or values.dtype)
+    return wide if len(wide) == channels else wide.unsqueeze(1).expand(-1, channels // len(wide)).reshape(-1)
 
 
 class EstimatedStatistics(nn.Module):

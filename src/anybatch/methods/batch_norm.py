@@ -118,6 +118,7 @@ class FrozenBatchNorm(ChannelNorm):
         return f"{self.num_channels}, eps={self.eps}"
 
 
+@op
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of each channel of (N, C, *), in two passes, in float32 or wider."""
     x = widened(x)

@@ -1,8 +1,9 @@
 /* Group normalization and Batch-Channel Norm with a ReLU or without, in float32; `channel_moments.py` has the formulas.
 
    z = (x - center) * slope + start by given numbers of each channel, or x itself; each group of channels of a sample is
-   normalized by its own moments, taken in two passes of which the second corrects the mean of the first. Kept for
-   backward are the groups' means and 1 / std. */
+   normalized by its own moments. These follow from the mean and the sum of squared deviations of each channel, which
+   are taken in two passes over a piece that stays in the cache and then joined as Chan, Golub and LeVeque join them.
+   Kept for backward are the groups' means and 1 / std. */
 
 #include "maps.h"
 
@@ -20,35 +21,35 @@ typedef struct {
     float *first, *second;
 } Sums;
 
-INLINE float z_of(const Norm *q, float x, int64_t c, const int batch) {
-    return batch ? (x - q->center[c]) * q->slope[c] + q->start[c] : x;
-}
+/* z of `x`, a value of channel `i`, where BATCH has told the compiler that the numbers stay as they are. */
+#define BATCH(q) const float *restrict center = q->center, *restrict slope = q->slope, *restrict start = q->start
+#define Z(x, i) (batch ? ((x) - center[i]) * slope[i] + start[i] : (x))
 
 /* Chunks of positions whose sums are taken apart: as many for a sample alone as for one among others. */
-INLINE int64_t chunk_of(const Map *m) { return MAX(SMALL / MAX(m->c, 1), 16) / TAKEN * TAKEN; }
+INLINE int64_t chunk_of(const Map *m) { return MAX(SMALL / 2 / MAX(m->c, 1), 16) / TAKEN * TAKEN; }
 
-/* What passes over rows do with `count` rows at once, which the compiler is to know. */
-INLINE void add_rows(const Norm *q, const float *x, int64_t count, const float *restrict mean, Sums into,
-                     const int batch, const int squares) {
+/* Adds up `count` rows, which the compiler is to know, or how far they are from `mean`, and the squares of that. */
+INLINE void add_rows(const float *x, int64_t step, int64_t c, int64_t count, const float *restrict mean, Sums into,
+                     const int around) {
     float *restrict first = into.first, *restrict second = into.second;
-    int64_t step = q->map.s_step, c = q->map.c;
 #pragma omp simd
     for (int64_t i = 0; i < c; i++) {
-        float sum = 0, square = 0, off = squares ? mean[i] : 0;
+        float sum = 0, square = 0, off = around ? mean[i] : 0;
 #pragma GCC unroll 4
         for (int64_t r = 0; r < count; r++) {
-            float d = z_of(q, x[r * step + i], i, batch) - off;
+            float d = x[r * step + i] - off;
             sum += d;
-            if (squares) square += d * d;
+            if (around) square += d * d;
         }
         first[i] += sum;
-        if (squares) second[i] += square;
+        if (around) second[i] += square;
     }
 }
 
 INLINE void pull_rows(const Norm *q, const float *x, const float *g, int64_t g_step, int64_t count,
                       const float *restrict mean, const float *restrict scale, Sums into, const int batch,
                       const int relu) {
+    BATCH(q);
     float *restrict first = into.first, *restrict second = into.second;
     const float *restrict bias = q->bias;
     int64_t step = q->map.s_step, c = q->map.c;
@@ -57,7 +58,7 @@ INLINE void pull_rows(const Norm *q, const float *x, const float *g, int64_t g_s
         float sum = 0, along = 0;
 #pragma GCC unroll 4
         for (int64_t r = 0; r < count; r++) {
-            float d = z_of(q, x[r * step + i], i, batch) - mean[i], given = g[r * g_step + i];
+            float d = Z(x[r * step + i], i) - mean[i], given = g[r * g_step + i];
             given = relu && d * scale[i] + bias[i] <= 0 ? 0 : given;
             sum += given;
             along += given * d;
@@ -71,6 +72,7 @@ INLINE void pull_rows(const Norm *q, const float *x, const float *g, int64_t g_s
 INLINE void finish_rows(const Norm *q, const float *x, const float *g, int64_t g_step, float *gx, int64_t gx_step,
                         int64_t count, const float *restrict mean, const float *restrict scale, const float *restrict b,
                         const float *restrict e, Sums into, const int batch, const int relu) {
+    BATCH(q);
     float *restrict first = into.first, *restrict second = into.second;
     const float *restrict bias = q->bias;
     int64_t step = q->map.s_step, c = q->map.c;
@@ -79,13 +81,13 @@ INLINE void finish_rows(const Norm *q, const float *x, const float *g, int64_t g
         float sum = 0, along = 0;
 #pragma GCC unroll 4
         for (int64_t r = 0; r < count; r++) {
-            float d = z_of(q, x[r * step + i], i, batch) - mean[i], given = g[r * g_step + i];
+            float d = Z(x[r * step + i], i) - mean[i], given = g[r * g_step + i];
             given = relu && d * scale[i] + bias[i] <= 0 ? 0 : given;
             float pulled = scale[i] * given - b[i] - e[i] * d;
             if (batch) {
                 sum += pulled;
-                along += pulled * (x[r * step + i] - q->center[i]);
-                pulled *= q->slope[i];
+                along += pulled * (x[r * step + i] - center[i]);
+                pulled *= slope[i];
             }
             gx[r * gx_step + i] = pulled;
         }
@@ -107,78 +109,105 @@ static void join_chunks(float *sums, int64_t chunks, int64_t values) {
         for (int64_t i = 0; i < values; i++) sums[i] += sums[k * values + i];
 }
 
-/* By group of channels, the mean of sums over their positions; in double, since groups can be large. */
-static void group_means(const Map *m, int64_t groups, const float *sums, float *means) {
-    int64_t size = m->c / groups;
-    for (int64_t j = 0; j < groups; j++) {
-        double total = 0;
-        for (int64_t i = j * size; i < (j + 1) * size; i++) total += sums[i];
-        means[j] = (float)(total / ((double)size * m->s));
-    }
-}
-
 static void by_channel(const Map *m, int64_t groups, const float *of_group, float *of_channel) {
     int64_t size = m->c / groups;
     for (int64_t i = 0; i < m->c; i++) of_channel[i] = of_group[i / size];
 }
 
-#define SUM_PASS(count, batch, squares) add_rows(q, v + r * m->s_step, count, mean, into, batch, squares)
+/* Of channels: in double, since a float in the middle of its range has no digits for how means of pieces differ. */
+typedef struct {
+    double *mean, *squares;
+} Moments;
+
+INLINE Moments moments_at(double *all, int64_t c, int64_t k) { return (Moments){all + 2 * c * k, all + 2 * c * k + c}; }
+
+INLINE double *double_room(int64_t count) { return (double *)room(2 * count); }
+
+/* Mean and sum of squared deviations of each channel over `count` rows. */
+static void moments_of_chunk(const float *x, int64_t step, int64_t c, int64_t count, Moments of) {
+    float *sums = room(3 * c), *mean = sums + 2 * c;
+    Sums into = {sums, sums + c};
+    memset(sums, 0, 2 * c * sizeof(float));
+#define SUM_PASS(rows, around) add_rows(x + r * step, step, c, rows, mean, into, around)
+    BY_FOURS(SUM_PASS, 0, count, 0)
+    for (int64_t i = 0; i < c; i++) mean[i] = sums[i] / count;
+    memset(sums, 0, c * sizeof(float));
+    BY_FOURS(SUM_PASS, 0, count, 1)
+    for (int64_t i = 0; i < c; i++) {
+        double off = (double)sums[i] / count; /* what rounding left of the mean */
+        of.mean[i] = mean[i] + off;
+        of.squares[i] = sums[c + i] - sums[i] * off;
+    }
+    free(sums);
+}
+
+/* Into the first of `chunks` moments those of all. Each is of `chunk` positions, but the last. */
+static void join_moments(double *all, int64_t chunks, int64_t c, int64_t chunk, int64_t size) {
+    Moments to = moments_at(all, c, 0);
+    for (int64_t k = 1; k < chunks; k++) {
+        Moments other = moments_at(all, c, k);
+        double before = (double)k * chunk, count = MIN(chunk, size - k * chunk), share = count / (before + count);
+        for (int64_t i = 0; i < c; i++) {
+            double apart = other.mean[i] - to.mean[i];
+            to.mean[i] += apart * share;
+            to.squares[i] += other.squares[i] + apart * apart * share * before;
+        }
+    }
+}
+
+/* A group's mean and 1 / std from the moments of its channels over `positions`. */
+static void moments_of_group(const Norm *q, int64_t group, Moments of, float eps, float *mean_g, float *rstd_g) {
+    int64_t size = q->map.c / q->groups, first = group * size;
+    double total = 0, spread = 0;
+    for (int64_t i = first; i < first + size; i++)
+        total += q->center ? (of.mean[i] - q->center[i]) * q->slope[i] + q->start[i] : of.mean[i];
+    double middle = total / size;
+    for (int64_t i = first; i < first + size; i++) {
+        double slope = q->center ? q->slope[i] : 1;
+        double z = q->center ? (of.mean[i] - q->center[i]) * slope + q->start[i] : of.mean[i];
+        spread += of.squares[i] * slope * slope / q->map.s + (z - middle) * (z - middle);
+    }
+    *mean_g = (float)middle;
+    *rstd_g = (float)(1 / sqrt(spread / size + eps));
+}
+
+INLINE void normalize_row(int64_t c, const float *restrict x, float *restrict y, const float *restrict center,
+                          const float *restrict slope, const float *restrict start, const float *restrict mean,
+                          const float *restrict scale, const float *restrict bias, float floor, const int batch) {
+    for (int64_t i = 0; i < c; i++) {
+        float made = (Z(x[i], i) - mean[i]) * scale[i] + bias[i];
+        y[i] = made < floor ? floor : made;
+    }
+}
 
 static void forward_of_rows(const Norm *q, const float *x, float eps, int relu, const Map *of_y, float *y, float *mean_g,
                             float *rstd_g, int inner) {
     const Map *m = &q->map;
     int64_t c = m->c, chunk = chunk_of(m), chunks = (m->s + chunk - 1) / chunk, batch = q->center != NULL;
-    float *sums = room(2 * c * chunks + 2 * c), *mean = sums + 2 * c * chunks, *scale = mean + c;
-    for (int pass = 0; pass < 2; pass++) {
+    double *all = double_room(2 * c * chunks);
+    float *mean = room(2 * c), *scale = mean + c;
 #pragma omp parallel for schedule(static) if (inner && chunks > 1)
-        for (int64_t k = 0; k < chunks; k++) {
-            Sums into = {sums + 2 * c * k, sums + 2 * c * k + c};
-            memset(into.first, 0, 2 * c * sizeof(float));
-            const float *v = x;
-            int64_t from = k * chunk, to = MIN(from + chunk, m->s);
-            if (pass == 0 && !batch)
-                BY_FOURS(SUM_PASS, from, to, 0, 0)
-            else if (pass == 0)
-                BY_FOURS(SUM_PASS, from, to, 1, 0)
-            else if (!batch)
-                BY_FOURS(SUM_PASS, from, to, 0, 1)
-            else
-                BY_FOURS(SUM_PASS, from, to, 1, 1)
-        }
-        join_chunks(sums, chunks, 2 * c);
-        if (pass == 0) {
-            group_means(m, q->groups, sums, mean_g);
-            by_channel(m, q->groups, mean_g, mean);
-        }
-    }
-    int64_t size = c / q->groups;
-    for (int64_t j = 0; j < q->groups; j++) {
-        double off = 0, square = 0, values = (double)size * m->s;
-        for (int64_t i = j * size; i < (j + 1) * size; i++) off += sums[i], square += sums[c + i];
-        off /= values;
-        mean_g[j] += (float)off;
-        rstd_g[j] = (float)(1 / sqrt(MAX(square / values - off * off, 0) + eps));
-    }
+    for (int64_t k = 0; k < chunks; k++)
+        moments_of_chunk(x + k * chunk * m->s_step, m->s_step, c, MIN(chunk, m->s - k * chunk), moments_at(all, c, k));
+    join_moments(all, chunks, c, chunk, m->s);
+    for (int64_t j = 0; j < q->groups; j++)
+        moments_of_group(q, j, moments_at(all, c, 0), eps, mean_g + j, rstd_g + j);
     by_channel(m, q->groups, mean_g, mean);
     by_channel(m, q->groups, rstd_g, scale);
     for (int64_t i = 0; i < c; i++) scale[i] *= q->weight[i];
+    float floor = relu ? 0 : -INFINITY;
 #pragma omp parallel for schedule(static) if (inner && chunks > 1)
     for (int64_t k = 0; k < chunks; k++)
         for (int64_t r = k * chunk; r < MIN((k + 1) * chunk, m->s); r++) {
-            const float *restrict v = x + r * m->s_step, *restrict bias = q->bias;
-            float *restrict to = y + r * of_y->s_step;
+            const float *v = x + r * m->s_step;
+            float *to = y + r * of_y->s_step;
             if (batch)
-                for (int64_t i = 0; i < c; i++) {
-                    float made = (z_of(q, v[i], i, 1) - mean[i]) * scale[i] + bias[i];
-                    to[i] = relu && made < 0 ? 0 : made;
-                }
+                normalize_row(c, v, to, q->center, q->slope, q->start, mean, scale, q->bias, floor, 1);
             else
-                for (int64_t i = 0; i < c; i++) {
-                    float made = (v[i] - mean[i]) * scale[i] + bias[i];
-                    to[i] = relu && made < 0 ? 0 : made;
-                }
+                normalize_row(c, v, to, NULL, NULL, NULL, mean, scale, q->bias, floor, 0);
         }
-    free(sums);
+    free(all);
+    free(mean);
 }
 
 #define PULL_PASS(count, batch, relu)                                                                                  \
@@ -233,56 +262,54 @@ static void backward_of_rows(const Norm *q, const float *x, const float *g, cons
     free(sums);
 }
 
-/* A group's planes, where positions lie one behind the other. */
+INLINE void around(const float *restrict x, float mean, int64_t size, double *off, double *squares) {
+    float first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
+    for (int64_t i = 0; i < size; i++) {
+        float d = x[i] - mean;
+        first += d, second += d * d;
+    }
+    *off = (double)first / size;
+    *squares = second - first * *off;
+}
+
+/* Mean and sum of squared deviations of a plane, piece by piece. */
+static void moments_of_plane(const float *x, int64_t size, double *mean, double *squares) {
+    const int64_t piece = 4096;
+    double middle = 0, total = 0;
+    for (int64_t i = 0; i < size; i += piece) {
+        int64_t count = MIN(piece, size - i);
+        float first = sum_of(x + i, count) / count;
+        double off, own;
+        around(x + i, first, count, &off, &own);
+        double apart = first + off - middle, share = (double)count / (i + count);
+        total += own + apart * apart * share * i;
+        middle += apart * share;
+    }
+    *mean = middle, *squares = total;
+}
+
+INLINE void normalize(int64_t size, const float *restrict x, float *restrict y, float center, float slope, float start,
+                      float scale, float bias, float floor) {
+    for (int64_t i = 0; i < size; i++) {
+        float made = ((x[i] - center) * slope + start) * scale + bias;
+        y[i] = made < floor ? floor : made;
+    }
+}
+
+/* A group's planes, where positions lie one behind the other. `of` has room for all channels. */
 static void forward_of_planes(const Norm *q, const float *x, int64_t group, float eps, int relu, const Map *of_y,
-                              float *y, float *mean_g, float *rstd_g) {
+                              float *y, float *mean_g, float *rstd_g, Moments of) {
     const Map *m = &q->map;
     int64_t size = m->c / q->groups, first = group * size, batch = q->center != NULL;
-    double total = 0, off = 0, square = 0, values = (double)size * m->s;
+    for (int64_t i = first; i < first + size; i++)
+        moments_of_plane(x + i * m->c_step, m->s, of.mean + i, of.squares + i);
+    moments_of_group(q, group, of, eps, mean_g + group, rstd_g + group);
+    float mean = mean_g[group], floor = relu ? 0 : -INFINITY;
     for (int64_t i = first; i < first + size; i++) {
-        const float *restrict v = x + i * m->c_step;
-        float sum = sum_of(v, m->s);
-        total += batch ? ((double)sum - (double)m->s * q->center[i]) * q->slope[i] + (double)m->s * q->start[i] : sum;
-    }
-    float mean = (float)(total / values);
-    for (int64_t i = first; i < first + size; i++) {
-        const float *restrict v = x + i * m->c_step;
-        float sum = 0, squares = 0;
-        if (batch) {
-            float center = q->center[i], slope = q->slope[i], start = q->start[i] - mean;
-#pragma omp simd reduction(+ : sum, squares)
-            for (int64_t s = 0; s < m->s; s++) {
-                float d = (v[s] - center) * slope + start;
-                sum += d, squares += d * d;
-            }
-        } else {
-#pragma omp simd reduction(+ : sum, squares)
-            for (int64_t s = 0; s < m->s; s++) {
-                float d = v[s] - mean;
-                sum += d, squares += d * d;
-            }
-        }
-        off += sum, square += squares;
-    }
-    off /= values;
-    mean += (float)off;
-    float rstd = (float)(1 / sqrt(MAX(square / values - off * off, 0) + eps));
-    mean_g[group] = mean, rstd_g[group] = rstd;
-    for (int64_t i = first; i < first + size; i++) {
-        const float *restrict v = x + i * m->c_step;
-        float *restrict to = y + i * of_y->c_step;
-        float scale = rstd * q->weight[i], bias = q->bias[i];
-        if (batch) {
-            float center = q->center[i], slope = q->slope[i], start = q->start[i] - mean;
-            for (int64_t s = 0; s < m->s; s++) {
-                float made = ((v[s] - center) * slope + start) * scale + bias;
-                to[s] = relu && made < 0 ? 0 : made;
-            }
-        } else
-            for (int64_t s = 0; s < m->s; s++) {
-                float made = (v[s] - mean) * scale + bias;
-                to[s] = relu && made < 0 ? 0 : made;
-            }
+        float center = batch ? q->center[i] : mean, slope = batch ? q->slope[i] : 1;
+        float start = batch ? q->start[i] - mean : 0, scale = rstd_g[group] * q->weight[i];
+        normalize(m->s, x + i * m->c_step, y + i * of_y->c_step, center, slope, start, scale, q->bias[i], floor);
     }
 }
 
@@ -292,7 +319,8 @@ INLINE void pull_channel(int64_t size, const float *restrict v, const float *res
 #pragma omp simd reduction(+ : first, second)
     for (int64_t s = 0; s < size; s++) {
         float d = (v[s] - center) * slope + start;
-        float given = relu && d * scale + bias <= 0 ? 0 : g[s];
+        float given = g[s];
+        given = relu && d * scale + bias <= 0 ? 0 : given;
         first += given, second += given * d;
     }
     *total = first, *along = second;
@@ -305,7 +333,8 @@ INLINE void finish_channel(int64_t size, const float *restrict v, const float *r
 #pragma omp simd reduction(+ : first, second)
     for (int64_t s = 0; s < size; s++) {
         float d = (v[s] - center) * slope + start;
-        float given = relu && d * scale + bias <= 0 ? 0 : g[s];
+        float given = g[s];
+        given = relu && d * scale + bias <= 0 ? 0 : given;
         float pulled = scale * given - b - e * d;
         if (batch) first += pulled, second += pulled * (v[s] - center);
         gx[s] = pulled * slope;
@@ -362,12 +391,14 @@ void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, c
                             rstd + n * groups, inner);
         return;
     }
+    double *all = double_room(2 * m->n * m->c);
 #pragma omp parallel for schedule(static) if (m->n * m->s * m->c > SMALL)
     for (int64_t job = 0; job < m->n * groups; job++) {
         int64_t n = job / groups;
         forward_of_planes(&q, x + n * m->n_step, job % groups, (float)eps, (int)relu, of_y, y + n * of_y->n_step,
-                          mean + n * groups, rstd + n * groups);
+                          mean + n * groups, rstd + n * groups, moments_at(all, m->c, n));
     }
+    free(all);
 }
 
 /* `sums` is (4, C): what `backward_of_rows` says, over all samples. */
@@ -402,50 +433,22 @@ void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const in
 /* Mean and sum of squared deviations of each channel over all samples and positions. */
 void channel_moments(const int64_t *map, const float *x, float *mean, float *squares) {
     const Map *m = (const Map *)map;
-    int64_t c = m->c;
-    double count = (double)m->n * m->s;
-    if (!channels_last(m)) {
+    int64_t c = m->c, last = channels_last(m), chunk = last ? chunk_of(m) : m->s;
+    int64_t chunks = (m->s + chunk - 1) / chunk, jobs = m->n * chunks;
+    double *all = double_room(2 * c * jobs);
 #pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
-        for (int64_t i = 0; i < c; i++) {
-            double total = 0, off = 0, square = 0;
-            for (int64_t n = 0; n < m->n; n++) total += sum_of(x + n * m->n_step + i * m->c_step, m->s);
-            float middle = (float)(total / count);
-            for (int64_t n = 0; n < m->n; n++) {
-                const float *restrict v = x + n * m->n_step + i * m->c_step;
-                float first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-                for (int64_t s = 0; s < m->s; s++) {
-                    float d = v[s] - middle;
-                    first += d, second += d * d;
-                }
-                off += first, square += second;
-            }
-            mean[i] = middle + (float)(off / count);
-            squares[i] = (float)MAX(square - off * off / count, 0);
-        }
-        return;
+    for (int64_t job = 0; job < (last ? jobs : jobs * c); job++) {
+        int64_t k = last ? job : job / c, n = k / chunks, from = k % chunks * chunk, i = job % c;
+        const float *v = x + n * m->n_step;
+        Moments of = moments_at(all, c, k);
+        if (last)
+            moments_of_chunk(v + from * m->s_step, m->s_step, c, MIN(chunk, m->s - from), of);
+        else
+            moments_of_plane(v + i * m->c_step, m->s, of.mean + i, of.squares + i);
     }
-    Norm norm = {*m, 1, NULL, NULL, NULL, NULL, NULL}, *q = &norm;
-    int64_t chunk = chunk_of(m), chunks = (m->s + chunk - 1) / chunk, jobs = m->n * chunks;
-    float *sums = room(2 * c * jobs);
-    for (int pass = 0; pass < 2; pass++) {
-#pragma omp parallel for schedule(static) if (jobs > 1)
-        for (int64_t job = 0; job < jobs; job++) {
-            Sums into = {sums + 2 * c * job, sums + 2 * c * job + c};
-            memset(into.first, 0, 2 * c * sizeof(float));
-            const float *v = x + job / chunks * m->n_step;
-            int64_t from = job % chunks * chunk, to = MIN(from + chunk, m->s);
-            if (pass)
-                BY_FOURS(SUM_PASS, from, to, 0, 1)
-            else
-                BY_FOURS(SUM_PASS, from, to, 0, 0)
-        }
-        join_chunks(sums, jobs, 2 * c);
-        for (int64_t i = 0; i < c; i++) {
-            double off = sums[i] / count;
-            if (pass) squares[i] = (float)MAX(sums[c + i] - off * off * count, 0);
-            mean[i] = (float)off + (pass ? mean[i] : 0);
-        }
-    }
-    free(sums);
+    for (int64_t n = 0; n < m->n; n++) join_moments(all + 2 * c * n * chunks, chunks, c, chunk, m->s);
+    for (int64_t n = 1; n < m->n; n++) memcpy(all + 2 * c * n, all + 2 * c * n * chunks, 2 * c * sizeof(double));
+    join_moments(all, m->n, c, m->s, m->n * m->s);
+    for (int64_t i = 0; i < c; i++) mean[i] = (float)all[i], squares[i] = (float)all[c + i];
+    free(all);
 }
