@@ -5,6 +5,7 @@ One call forward and one backward. Kept are ``x``, the parameters, and two numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -60,8 +61,16 @@ class _ChannelNorm(torch.autograd.Function):
             *(*maps, ctx.groups, address(x), *(address(t) for t in (center, slope, start, *scales, mean, rstd))),
             *(ctx.activation == "relu", address(gradient), address(g_x), address(sums)),
         )
-        g_bias, g_weight, total, along = sums
-        return g_x, None, *_given((weight, g_weight), (bias, g_bias)), *_batch(batch, total, along, ctx.eps), None, None
+        g_bias, g_weight, total, along = sums.unbind()
+        of_scales = [None if t is None else _of_groups(g, len(t)) for t, g in ((weight, g_weight), (bias, g_bias))]
+        wanted = ctx.needs_input_grad[4:8]
+        found = _batch(batch[1], batch[2], slope, total, along, ctx.eps, wanted)
+        return g_x, None, *of_scales, *found, None, None
+
+
+def _of_groups(values: Tensor, count: int) -> Tensor:
+    """(C,) as it is, or its sums over groups, (G,)."""
+    return values if len(values) == count else values.view(count, -1).sum(1)
 
 
 def _numbers(
@@ -76,7 +85,10 @@ def _numbers(
 ) -> tuple[Tensor | None, ...]:
     """Center, slope and start of the batch part, each (C,), then the scale and the shift of channels."""
     c = x.shape[1]
-    scales = (x.new_ones(c) if weight is None else weight, x.new_zeros(c) if bias is None else bias)
+    scales = (
+        x.new_ones(c) if weight is None else by_channel(weight, c),
+        x.new_zeros(c) if bias is None else by_channel(bias, c),
+    )
     if mean is None or var is None:
         return None, None, None, *scales
     slope = torch.rsqrt(var + eps)
@@ -84,19 +96,29 @@ def _numbers(
     return mean, slope, x.new_zeros(c) if batch_bias is None else batch_bias, *scales
 
 
-def _given(*pairs: tuple[Tensor | None, Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of what was given."""
-    return tuple(None if t is None else g for t, g in pairs)
+def _batch(
+    var: Tensor | None,
+    weight: Tensor | None,
+    slope: Tensor | None,
+    total: Tensor,
+    along: Tensor,
+    eps: float,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the batch part, those wanted of the mean, the variance, the scale and the shift.
 
-
-def _batch(given: list[Tensor | None], total: Tensor, along: Tensor, eps: float) -> tuple[Tensor | None, ...]:
-    """Gradients of the batch part, from sums of z's gradient and of it times ``x - mean``."""
-    mean, var, weight, bias = given
-    if mean is None or var is None:
-        return None, None, None, None
-    rstd = torch.rsqrt(var + eps)
-    slope, weighted = (rstd, along) if weight is None else (rstd * weight, along * weight)
-    return _given((mean, -slope * total), (var, -0.5 * rstd**3 * weighted), (weight, along * rstd), (bias, total))
+    From the sums of z's gradient and of it times ``x - mean``.
+    """
+    if var is None or slope is None or not any(wanted):
+        return [None] * 4
+    rstd = slope if weight is None else torch.rsqrt(var + eps)
+    makers = (
+        lambda: -slope * total,
+        lambda: -0.5 * rstd.square() * slope * along,
+        lambda: along * rstd,
+        lambda: total,
+    )
+    return [make() if wants else None for make, wants in zip(makers, wanted, strict=True)]
 
 
 def _second(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
@@ -186,7 +208,6 @@ def native_batch_channel_norm(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    weight, bias = (by_channel(p, x.shape[1]) for p in (weight, bias))
     return _ChannelNorm.apply(x, groups, weight, bias, mean, var, batch_weight, batch_bias, eps, activation)
 
 

@@ -140,23 +140,33 @@ class EstimatedStatistics(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(C,) and (C,): the mean and the variance to normalize (N, C, *) by."""
         if self.training and not recomputing() and (x.numel() or sharing()):
-            self._update(x)
+            return self._updated(x)
         # Copies, since the next batch may come before this one's backward.
         return self.running_mean.clone(), self.running_var.clone()
 
-    def _update(self, x: Tensor) -> None:
+    def _updated(self, x: Tensor) -> tuple[Tensor, Tensor]:
         images, count, mean, var = shared_moments(x)
-        drift = mean - self.running_mean
-        rate = 1 - torch.exp2(-images / HALF_LIFE) if self.rate is None else images.new_tensor(self.rate)
+        before = self.running_mean.to(mean.dtype)
+        drift = mean - before
+        rate = self.rate
+        if rate is None:
+            halvings = images / HALF_LIFE
+            rate = 1 - (torch.exp2(-halvings) if isinstance(halvings, Tensor) else 2.0**-halvings)
         if self.warm_start:
-            rate = torch.maximum(rate, 1 / (self.num_batches_tracked + 1 + 1 / count))
+            share = (1 / (self.num_batches_tracked + 1 + 1 / count)).to(mean.dtype)
+            rate = torch.maximum(share, rate) if isinstance(rate, Tensor) else share.clamp_min(rate)
             # The mean of before is no estimate at the first update, and the variance around it none of a variance.
-            spread = torch.where(self.num_batches_tracked == 0, torch.zeros_like(drift), drift)
+            spread = drift * (self.num_batches_tracked != 0)
         else:
             spread = drift
-        self.running_var.copy_(self.running_var + rate * (var + spread.square() - self.running_var))
-        self.running_mean.copy_(self.running_mean + rate * drift)
+        now = before + rate * drift
+        around = self.running_var.to(mean.dtype)
+        var = around + rate * (torch.addcmul(var, spread, spread) - around)
+        self.running_mean.copy_(now)
+        self.running_var.copy_(var)
         self.num_batches_tracked.add_(1)
+        # As they are kept, rounded.
+        return now.to(self.running_mean.dtype), var.to(self.running_var.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, rate={self.rate}, warm_start={self.warm_start}, affine={self.affine}"

@@ -127,17 +127,20 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - per_channel(mean, x.dim())).square().sum(dims)
 
 
-def shared_moments(x: Tensor, group: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def shared_moments(x: Tensor, group: Any = None) -> tuple[int | Tensor, int | Tensor, Tensor, Tensor]:
     """Number of samples, values in a channel, mean (C,) and biased variance (C,), over all ranks of a process group.
+
+    The first two are tensors only where ranks exchanged them.
 
     Means and squared deviations of the ranks are joined as Chan, Golub and LeVeque join them, which cancels nothing
     where means are large, and weighs each rank by its number of values. The ranks exchange one table.
     """
     mean, squares = channel_moments(x)
-    c = x.shape[1]
-    row = torch.cat([mean.new_tensor([x.shape[0], x.numel() // c]), mean, squares])
+    n, c = x.shape[:2]
+    count = x.numel() // c
     if not sharing(group):
-        return row[0], row[1], mean, squares / row[1].clamp_min(1)
+        return n, count, mean, squares / max(count, 1)
+    row = torch.cat([mean.new_tensor([n, count]), mean, squares])
     table = row.new_zeros(dist.get_world_size(group), row.numel())
     table[dist.get_rank(group)] = row
     dist.all_reduce(table, group=group)  # of one row each: every backend has this, and few can gather
@@ -277,7 +280,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         with torch.no_grad():
-            _, count, mean, var = shared_moments(input, self.process_group)
+            _, values, mean, var = shared_moments(input, self.process_group)
+            count = torch.as_tensor(values)  # exchanged by ranks
             if not recomputing():
                 update_running_averages(self, count, mean, var)
         return _NormalizeByShared.apply(input, self.weight, self.bias, count, mean, var, self.eps, self.process_group)

@@ -138,17 +138,13 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
             }
             for (int64_t i = 0; i < count; i++) sum[i] /= c;
             if (d->seed) v = kept, between = step;
-            for (int64_t channel = 0; channel < c; channel++) {
-                const float *restrict u = v + channel * between;
-                for (int64_t i = 0; i < count; i++) {
-                    float off = u[i] - sum[i];
-                    squares[i] += off * off;
-                }
-            }
+            float off[MOST_POSITIONS] = {0};
+            for (int64_t channel = 0; channel < c; channel++) add_around(count, v + channel * between, sum, off, squares);
             int64_t at = n * m->s + s;
             for (int64_t i = 0; i < count; i++) {
-                mean[at + i] = sum[i];
-                var[at + i] = squares[i] / c;
+                off[i] /= c; /* what rounding left of the mean */
+                mean[at + i] = sum[i] + off[i];
+                var[at + i] = MAX(squares[i] / c - off[i] * off[i], 0);
                 if (own) own[at + i] = all[i] / c;
             }
         }
@@ -371,7 +367,8 @@ INLINE void pull_row(int64_t c, const float *restrict gradient, const float *res
     float along = 0, own = 0;
 #pragma omp simd reduction(+ : along, own)
     for (int64_t i = 0; i < c; i++) {
-        float g = relu && !(y[i] > 0) ? 0 : gradient[i];
+        float g = gradient[i];
+        g = relu && y[i] <= 0 ? 0 : g;
         float alone = (adds ? y[i] - residual[i] : y[i]) - bias[i];
         float pulled = g * scale;
         h[i] = pulled;
@@ -393,7 +390,8 @@ INLINE void pull_plane(int64_t count, const float *restrict gradient, const floa
     float of_bias = 0, of_total = 0;
 #pragma omp simd reduction(+ : of_bias, of_total)
     for (int64_t i = 0; i < count; i++) {
-        float g = relu && !(y[i] > 0) ? 0 : gradient[i];
+        float g = gradient[i];
+        g = relu && y[i] <= 0 ? 0 : g;
         float alone = (adds ? y[i] - residual[i] : y[i]) - bias;
         float pulled = g * scale[i];
         h[i] = pulled;
@@ -415,15 +413,16 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
     const Map *m = (const Map *)map;
     int64_t c = m->c, drops = apart != NULL, wide = (c + 15) / 16 * 16;
     int threads = m->n * m->s * c > SMALL ? omp_get_max_threads() : 1;
-    float *zeros = NULL, *partial = memset(room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(float));
+    float *zeros = NULL, *partial = memset(room(threads * 4 * wide), 0, threads * 4 * wide * sizeof(float));
     if (!bias) bias = zeros = memset(room(c), 0, c * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
-        float *biases = partial + omp_get_thread_num() * 2 * wide, *totals = biases + wide;
+        float *sums = partial + omp_get_thread_num() * 4 * wide, *biases = sums + 2 * wide, *totals = biases + wide;
         if (channels_last(m)) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < m->n * m->s; row++) {
                 int64_t at = row / m->s * m->n_step + row % m->s * m->s_step;
+                if (row % ROWS_SUMMED == 0) flush(biases, sums, 2 * wide);
                 const float *beside = residual ? residual + at : NULL;
                 float *left = masked ? masked + at : NULL;
                 SPECIALIZED(pull_row, relu, drops, residual, c, gradient + at, y + at, beside, bias, total, scale[row],
@@ -452,14 +451,10 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
             }
             free(along);
         }
+        flush(biases, sums, 2 * wide);
     }
-    memset(g_bias, 0, c * sizeof(float));
-    if (drops) memset(g_total, 0, c * sizeof(float));
-    for (int t = 0; t < threads; t++)
-        for (int64_t i = 0; i < c; i++) {
-            g_bias[i] += partial[t * 2 * wide + i];
-            if (drops) g_total[i] += partial[(t * 2 + 1) * wide + i];
-        }
+    join_threads(partial, threads, 4 * wide, c, g_bias);
+    if (drops) join_threads(partial + wide, threads, 4 * wide, c, g_total);
     free(partial);
     free(zeros);
 }

@@ -58,10 +58,16 @@ typedef float Lanes __attribute__((vector_size(64), aligned(4)));
 #define LANES 16
 
 INLINE float joined(Lanes a, Lanes b, Lanes c, Lanes d) {
+    typedef float Half __attribute__((vector_size(32)));
+    typedef float Quarter __attribute__((vector_size(16)));
     Lanes all = (a + b) + (c + d);
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += all[i];
-    return total;
+    Half half[2];
+    Quarter quarter[2];
+    memcpy(half, &all, sizeof all);
+    half[0] += half[1];
+    memcpy(quarter, half, sizeof half[0]);
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
 INLINE float sum_of(const float *v, int64_t size) {
@@ -92,4 +98,27 @@ INLINE float squares_around(const float *v, float mean, int64_t size) {
     float total = joined(a, b, c, d);
     for (; i < size; i++) total += (v[i] - mean) * (v[i] - mean);
     return total;
+}
+
+/* Adds how far values are from means, and the squares of that. */
+INLINE void add_around(int64_t count, const float *restrict x, const float *restrict mean, float *restrict off,
+                       float *restrict squares) {
+    for (int64_t i = 0; i < count; i++) {
+        float d = x[i] - mean[i];
+        off[i] += d, squares[i] += d * d;
+    }
+}
+
+/* Sums of parameters' gradients over many rows: those of a few hundred rows first, whose digits are not yet lost. */
+#define ROWS_SUMMED 256
+
+INLINE void flush(float *restrict recent, float *restrict total, int64_t count) {
+    for (int64_t i = 0; i < count; i++) total[i] += recent[i], recent[i] = 0;
+}
+
+/* The sums that threads left one behind the other, `step` apart, in `sums`. */
+INLINE void join_threads(const float *partial, int threads, int64_t step, int64_t count, float *sums) {
+    memcpy(sums, partial, count * sizeof(float));
+    for (int t = 1; t < threads; t++)
+        for (int64_t i = 0; i < count; i++) sums[i] += partial[t * step + i];
 }
