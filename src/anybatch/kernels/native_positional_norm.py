@@ -28,7 +28,7 @@ class _PositionalNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         mean, rstd = x.new_empty((2, len(x), x[0, 0].numel())).unbind()
         maps = (as_map(t.shape, t.stride()) for t in (x, y))
-        tensors = (address(t) for t in (x, *_scales(x, weight, bias)))
+        tensors = (address(t) for t in (x, *scales(x, weight, bias)))
         to = (address(t) for t in (y, mean, rstd))
         function("positional_norm", "pppppdiippp")(
             *maps, *tensors, eps, x.shape[1] - unbiased, activation == "relu", *to
@@ -45,7 +45,7 @@ class _PositionalNorm(torch.autograd.Function):
             return *recomputed_gradients(reference, (x, weight, bias), gradient), None, None, None
         gradient, g_x, sums = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
         maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        tensors = (address(t) for t in (x, gradient, *_scales(x, weight, bias), mean, rstd))
+        tensors = (address(t) for t in (x, gradient, *scales(x, weight, bias), mean, rstd))
         function("positional_norm_backward", "pppppppppiipp")(
             *(*maps, *tensors, x.shape[1] - ctx.options["unbiased"], ctx.options["activation"] == "relu"),
             *(address(g_x), address(sums)),
@@ -54,7 +54,8 @@ class _PositionalNorm(torch.autograd.Function):
         return g_x, *given, None, None, None
 
 
-def _scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight and the bias, or the ones and zeros that they stand for."""
     c = x.shape[1]
     return x.new_ones(c) if weight is None else weight, x.new_zeros(c) if bias is None else bias
 
