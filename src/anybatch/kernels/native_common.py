@@ -30,7 +30,7 @@ from anybatch.kernels.layouts import layout_of, steps
 
 _SOURCES = Path(__file__).with_name("c")
 _FLAGS = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fPIC", "-shared"),
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"),
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
 _log = logging.getLogger("anybatch")

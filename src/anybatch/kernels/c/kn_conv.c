@@ -23,6 +23,9 @@ INLINE uint64_t key_of(const Dropout *d, int64_t n) {
     return z ^ (z >> 31);
 }
 
+/* Half of a hash. */
+typedef int16_t __attribute__((may_alias)) Half;
+
 INLINE uint32_t hashed(uint32_t place, uint32_t low, uint32_t high) {
     uint32_t z = place ^ low;
     z = (z ^ (z >> 16)) * 0x7FEB352Du;
@@ -31,12 +34,12 @@ INLINE uint32_t hashed(uint32_t place, uint32_t low, uint32_t high) {
 }
 
 /* The hashes of position `s`: as int16, one for each channel, which is kept where it is not below the threshold. */
-INLINE const int16_t *hash_row(const Dropout *d, int64_t n, int64_t s, int64_t c, uint32_t *restrict bits) {
+INLINE const Half *hash_row(const Dropout *d, int64_t n, int64_t s, int64_t c, uint32_t *restrict bits) {
     uint64_t key = key_of(d, n);
     uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32), pairs = (uint32_t)((c + 1) / 2);
     uint32_t first = (uint32_t)s * pairs;
     for (uint32_t j = 0; j < pairs; j++) bits[j] = hashed(first + j, low, high);
-    return (const int16_t *)bits;
+    return (const Half *)bits;
 }
 
 /* 1 where a value of two channels is kept, else 0, at positions from `s` on. */
@@ -72,7 +75,7 @@ static void moments_of_rows(const Map *m, const float *x, const Dropout *d, floa
                 int64_t n = row[r] / m->s, s = row[r] % m->s;
                 v[r] = x + n * m->n_step + s * m->s_step;
                 if (d->seed) {
-                    const int16_t *hashes = hash_row(d, n, s, c, bits);
+                    const Half *hashes = hash_row(d, n, s, c, bits);
                     const float *restrict from = v[r];
                     float *restrict left = kept + r * c;
                     float all = 0, some = 0;
@@ -524,7 +527,7 @@ void kn_through_moments(const int64_t *map, const int64_t *map_of_x, const int64
                 const float *restrict v = x + n * of_x->n_step + s * of_x->s_step;
                 float a = start[row], b = slope[row];
                 if (seed) {
-                    const int16_t *hashes = hash_row(&d, n, s, c, bits);
+                    const Half *hashes = hash_row(&d, n, s, c, bits);
                     for (int64_t i = 0; i < c; i++)
                         g[i] += (hashes[i] >= d.threshold ? 1.0f : 0.0f) * (a + b * v[i]);
                 } else

@@ -54,7 +54,7 @@ INLINE float *room(int64_t count) {
 }
 
 /* Sixteen values, wherever they start. Sums are taken in four of them, since one addition waits for the one before. */
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 #define LANES 16
 
 INLINE float joined(Lanes a, Lanes b, Lanes c, Lanes d) {
