@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anybatch.dispatch import backend
 from anybatch.functional import batch_channel_norm, group_norm, positional_norm
+from anybatch.kernels.native_common import refused_native
 from anybatch.layers import BatchChannelNorm1d, BatchChannelNorm2d, GroupNorm, PositionalNorm
 from anybatch.measure import saved_bytes
 from anybatch.methods.common import ACTIVATIONS
@@ -102,9 +103,10 @@ def test_half_precision_takes_the_activation_before_it_rounds(
     assert_error_within(got, exact, 0.51 * torch.finfo(dtype).eps * exact.abs().max().item())
 
 
-def by_torch_with_relu(name: str, activation: str, layout: Layout) -> bool:
-    """Whether torch's own kernel and its ReLU in place serve the case."""
-    return activation == "relu" and layout == "contiguous" and OPS[name][1] == 2 and name != "positional_norm"
+def by_torch_with_relu(x: Tensor, name: str, activation: str, layout: Layout) -> bool:
+    """Whether torch's own kernel and its ReLU in place serve the case, as where there is no C compiler."""
+    case = activation == "relu" and layout == "contiguous" and OPS[name][1] == 2 and name != "positional_norm"
+    return case and refused_native(x) is not None
 
 
 @NAMES
@@ -116,14 +118,14 @@ def test_keeps_its_input_alone(name: str, activation: str, layout: Layout) -> No
     with saved_tensors() as kept:
         OPS[name][0](x, *parameters, activation=activation)
     large = {t.untyped_storage().data_ptr() for t in kept if t.numel() >= x.numel()}
-    if by_torch_with_relu(name, activation, layout):
+    if by_torch_with_relu(x, name, activation, layout):
         assert len(large) == 2, "the output too, which the next convolution keeps anyway"
         return
     assert large == {x.untyped_storage().data_ptr()}
     layer = nn.ParameterList(parameters)
     pair = saved_bytes(layer, lambda: ACTIVATIONS[activation](OPS[name][0](x, *parameters)))
     together = saved_bytes(layer, lambda: OPS[name][0](x, *parameters, activation=activation))
-    assert size <= pair - together < 1.1 * size  # and some moments
+    assert 0.9 * size < pair - together < 1.1 * size  # and some moments more or less
 
 
 @NAMES
@@ -140,7 +142,8 @@ def test_half_precision_keeps_nothing_wide(name: str, layout: Layout, dtype: tor
 @LAYOUTS
 def test_what_follows_may_work_in_place(name: str, layout: Layout) -> None:
     args = arguments(name, layout, torch.float32)
-    activation = "gelu" if by_torch_with_relu(name, "relu", layout) else "relu"  # torch's refuses, as nn.ReLU's does
+    # Torch's own ReLU in place refuses, as nn.ReLU's does.
+    activation = "gelu" if by_torch_with_relu(args[0], name, "relu", layout) else "relu"
     (expected,) = torch.autograd.grad(OPS[name][0](*args, activation=activation).mul(2).square().sum(), args[0])
     (got,) = torch.autograd.grad(OPS[name][0](*args, activation=activation).mul_(2).square().sum(), args[0])
     torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.native_common import address, as_map, function, passes, refused_native
+from anybatch.kernels.native_common import as_map, function, passes, refused_native
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
@@ -41,9 +41,9 @@ class _ChannelNorm(torch.autograd.Function):
         mean, rstd = x.new_empty((2, len(x), groups)).unbind()
         numbers = _numbers(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, eps)
         function("channel_norm", "ppippppppdippp")(
-            *(as_map(x.shape, x.stride()), as_map(y.shape, y.stride()), groups, address(x)),
-            *(address(t) for t in numbers),
-            *(eps, activation == "relu", address(y), address(mean), address(rstd)),
+            *(as_map(x.shape, x.stride()), as_map(y.shape, y.stride()), groups, x),
+            *numbers,
+            *(eps, activation == "relu", y, mean, rstd),
         )
         ctx.save_for_backward(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, mean, rstd)
         return y
@@ -58,8 +58,8 @@ class _ChannelNorm(torch.autograd.Function):
         sums = x.new_empty((4, x.shape[1]))
         maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
         function("channel_norm_backward", "pppipppppppp" + "ippp")(
-            *(*maps, ctx.groups, address(x), *(address(t) for t in (center, slope, start, *scales, mean, rstd))),
-            *(ctx.activation == "relu", address(gradient), address(g_x), address(sums)),
+            *(*maps, ctx.groups, x, *(center, slope, start, *scales, mean, rstd)),
+            *(ctx.activation == "relu", gradient, g_x, sums),
         )
         g_bias, g_weight, total, along = sums.unbind()
         of_scales = [None if t is None else _of_groups(g, len(t)) for t, g in ((weight, g_weight), (bias, g_bias))]
@@ -220,5 +220,5 @@ def _refusal_of_moments(x: Tensor) -> str | None:
 @channel_moments.kernel("native", refusal=_refusal_of_moments)
 def native_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, squares = x.new_empty((2, x.shape[1])).unbind()
-    function("channel_moments", "pppp")(as_map(x.shape, x.stride()), address(x), address(mean), address(squares))
+    function("channel_moments", "pppp")(as_map(x.shape, x.stride()), x, mean, squares)
     return mean, squares

@@ -8,6 +8,7 @@ they depend on.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -57,34 +58,48 @@ def refused_native(x: Tensor) -> str | None:
 
 @functools.cache
 def _found() -> tuple[Any, str | None]:
+    """The library, or why there is none."""
     if os.environ.get("ANYBATCH_NATIVE") == "0":
         return None, "ANYBATCH_NATIVE=0 switches kernels in C off"
     try:
-        return ctypes.CDLL(str(_built())), None
+        path = _path()
+        if path.is_file():
+            with contextlib.suppress(OSError):  # a file that something has cut short is made anew
+                return ctypes.CDLL(str(path)), None
+        _build(path)
+        return ctypes.CDLL(str(path)), None
     except (_AbsentError, OSError) as error:
-        return None, str(error)
+        return None, f"no kernels in C: {error}"
 
 
-def _built() -> Path:
-    """The library's file, compiled if it is not there."""
-    compiler = next(
-        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
-    )
+def _compiler() -> str:
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise _AbsentError("there is no C compiler (CC, cc, gcc or clang)")
-    sources = sorted(_SOURCES.glob("*.[ch]"))
-    made_of = [compiler, _version(compiler), *_FLAGS, _processor(), *(file.read_text() for file in sources)]
+    return compiler
+
+
+def _sources() -> list[Path]:
+    return sorted(_SOURCES.glob("*.[ch]"))
+
+
+def _path() -> Path:
+    """Where the library is, or is to be."""
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    made_of = [compiler, version, *_FLAGS, _processor(), *(file.read_text() for file in _sources())]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybatch"
-    path = folder / f"kernels-{digest}.so"
-    if not path.is_file():
-        _log.info("compiling kernels for this processor, once: %s", path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            made = Path(own) / path.name
-            _compile(compiler, [str(file) for file in sources if file.suffix == ".c"], made)
-            made.replace(path)  # whole or not at all, whoever else does the same
-    return path
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybatch" / f"kernels-{digest}.so"
+
+
+def _build(path: Path) -> None:
+    _log.info("compiling kernels for this processor, once: %s", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as own:
+        made = Path(own) / path.name
+        _compile(_compiler(), [str(file) for file in _sources() if file.suffix == ".c"], made)
+        made.replace(path)  # whole or not at all, whoever else does the same
 
 
 def _compile(compiler: str, sources: list[str], out: Path) -> None:
@@ -98,12 +113,6 @@ def _compile(compiler: str, sources: list[str], out: Path) -> None:
             return
         told = done.stderr
     raise _AbsentError(f"{compiler} failed: {' '.join(told.split())[:300]}")
-
-
-@functools.cache
-def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
 
 
 def _processor() -> str:
@@ -121,20 +130,23 @@ def passes(x: Tensor) -> bool:
     return layout is not None and (layout.channel == 1 or layout.position == 1)
 
 
-_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+class _Address:
+    """What a function in C gets of a tensor, which lives until it returns: where its values are; NULL for None."""
+
+    @classmethod
+    def from_param(cls, given: Any) -> Any:
+        return ctypes.c_void_p(given.data_ptr()) if isinstance(given, Tensor) else given
+
+
+_KINDS: dict[str, Any] = {"p": _Address, "i": ctypes.c_int64, "d": ctypes.c_double}
 
 
 @functools.cache
 def function(name: str, signature: str) -> Callable[..., None]:
-    """A compiled kernel. Its arguments are, a letter each: p, an address or None; i, a whole number; d, a number."""
+    """A compiled kernel; its arguments, a letter each: p, tensor, array or None; i, whole number; d, number."""
     found = getattr(_found()[0], name)
     found.argtypes, found.restype = [_KINDS[kind] for kind in signature], None
     return found
-
-
-def address(t: Tensor | None) -> int | None:
-    """Where a tensor's values are; None for None."""
-    return None if t is None else t.data_ptr()
 
 
 @functools.lru_cache(4096)

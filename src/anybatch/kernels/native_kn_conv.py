@@ -16,7 +16,7 @@ from anybatch.kernels.fused_kn_conv import kn_conv_in_stages
 from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages
 from anybatch.kernels.layouts import filters_as_rows, laid_out, places, three
-from anybatch.kernels.native_common import address, as_map, function, numbers, passes, refused_native
+from anybatch.kernels.native_common import as_map, function, numbers, passes, refused_native
 from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.windows import Windows
@@ -29,6 +29,8 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions"
     if bias is not None and bias.dtype != x.dtype:
         return f"bias is {bias.dtype}"
+    if (seed := options.get("seed")) is not None and seed.device.type != "cpu":
+        return f"seed is on {seed.device.type}"
     return None if passes(x) else "x is neither contiguous nor channels last"
 
 
@@ -46,17 +48,15 @@ class NativeStages(Stages):
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
         mean, var = _fields(x, x.shape[2:]), _fields(x, x.shape[2:])
         own = None if seed is None else torch.empty_like(mean)
-        to = (address(mean), address(var), address(own))
-        function("kn_pixels", "pppippp")(
-            as_map(x.shape, x.stride()), address(x), address(seed), dropout_threshold(p), *to
-        )
+        to = (mean, var, own)
+        function("kn_pixels", "pppippp")(as_map(x.shape, x.stride()), x, seed, dropout_threshold(p), *to)
         return Pixels(mean, var, own)
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
         weight = filters_as_rows(weight)
         centered, total = torch.empty_like(weight), weight.new_empty(len(weight))
         shape = (len(weight), weight[0].numel())
-        function("kn_filters", "iippp")(*shape, address(weight), address(centered), address(total))
+        function("kn_filters", "iippp")(*shape, weight, centered, total)
         return Filters(centered, total, None)
 
     def normalized(
@@ -76,11 +76,11 @@ class NativeStages(Stages):
         apart = None if pixels.own is None else torch.empty_like(mean)
         beside = None if residual is None else laid_out(residual, z)
         windows = _windows(pixels.mean.shape[2:], z.shape[2:], at)
-        of_pixels = (address(pixels.mean), address(pixels.var), address(pixels.own))
-        more = (address(filters.total), address(bias), address(beside), p, eps, relu)
+        of_pixels = (pixels.mean, pixels.var, pixels.own)
+        more = (filters.total, bias, beside, p, eps, relu)
         function("kn_normalized", "pppppppppddippp")(
-            *(as_map(z.shape, z.stride()), windows, address(z), *of_pixels, *more),
-            *(address(mean), address(scale), address(apart)),
+            *(as_map(z.shape, z.stride()), windows, z, *of_pixels, *more),
+            *(mean, scale, apart),
         )
         return Normalized(z, mean, scale, apart, None)
 
@@ -101,17 +101,17 @@ class NativeStages(Stages):
         g_var, g_own = torch.empty_like(done.mean), torch.empty_like(done.mean)
         g_bias, g_total = total.new_empty((2, len(total))).unbind()
         drops = done.apart is not None
-        given = (address(gradient), address(y), address(beside), address(bias), address(total))
+        given = (gradient, y, beside, bias, total)
         to = (h, masked, g_var, g_own, g_bias, g_total if drops else None)
         function("kn_pulled", "ppppppppipppppp")(
-            *(as_map(y.shape, y.stride()), *given, address(done.scale), address(done.apart), relu),
-            *(address(t) for t in to),
+            *(as_map(y.shape, y.stride()), *given, done.scale, done.apart, relu),
+            *to,
         )
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total if drops else None)
 
     def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         g = filters_as_rows(g_centered)
-        function("kn_through_filters", "iipp")(len(g), g[0].numel(), address(g), address(g_total))
+        function("kn_through_filters", "iipp")(len(g), g[0].numel(), g, g_total)
         return g
 
     def through_moments(
@@ -120,8 +120,8 @@ class NativeStages(Stages):
         g_x = laid_out(g_x, x)
         windows = _windows(x.shape[2:], done.mean.shape[2:], at)
         function("kn_through_moments", "ppppppppdpi")(
-            *(as_map(g_x.shape, g_x.stride()), as_map(x.shape, x.stride()), windows, address(g_x), address(x)),
-            *(address(done.mean), address(back.var), address(back.own), p, address(seed), dropout_threshold(p)),
+            *(as_map(g_x.shape, g_x.stride()), as_map(x.shape, x.stride()), windows, g_x, x),
+            *(done.mean, back.var, back.own, p, seed, dropout_threshold(p)),
         )
         return g_x
 

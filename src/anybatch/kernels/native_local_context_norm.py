@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.native_common import address, as_map, function, numbers, passes, refused_native
+from anybatch.kernels.native_common import as_map, function, numbers, passes, refused_native
 from anybatch.kernels.native_positional_norm import scales
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.local_context_norm import Window, local_context_norm
@@ -29,8 +29,8 @@ class _LocalContextNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         ctx.sizes, ctx.channels, ctx.eps, ctx.window = _sizes(x, window), channels, eps, window
         maps = (as_map(t.shape, t.stride()) for t in (x, y))
-        tensors = (address(t) for t in (x, *scales(x, weight, bias)))
-        function("local_context_norm", "pppipppdp")(*maps, ctx.sizes, channels, *tensors, eps, address(y))
+        tensors = (x, *scales(x, weight, bias))
+        function("local_context_norm", "pppipppdp")(*maps, ctx.sizes, channels, *tensors, eps, y)
         ctx.save_for_backward(x, weight, bias)
         return y
 
@@ -42,9 +42,9 @@ class _LocalContextNorm(torch.autograd.Function):
             return *recomputed_gradients(reference, (x, ctx.window, ctx.channels, weight, bias), gradient), None
         gradient, g_x, sums = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
         maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        tensors = (address(t) for t in (x, gradient, *scales(x, weight, bias)))
+        tensors = (x, gradient, *scales(x, weight, bias))
         function("local_context_norm_backward", "ppppippppdpp")(
-            *(*maps, ctx.sizes, ctx.channels, *tensors, ctx.eps, address(g_x), address(sums))
+            *(*maps, ctx.sizes, ctx.channels, *tensors, ctx.eps, g_x, sums)
         )
         given = (None if t is None else g.view_as(t) for t, g in zip((weight, bias), sums, strict=True))
         return g_x, None, None, *given, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.native_common import address, as_map, function, passes, refused_native
+from anybatch.kernels.native_common import as_map, function, passes, refused_native
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.positional_norm import positional_norm
 
@@ -28,8 +28,8 @@ class _PositionalNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         mean, rstd = x.new_empty((2, len(x), x[0, 0].numel())).unbind()
         maps = (as_map(t.shape, t.stride()) for t in (x, y))
-        tensors = (address(t) for t in (x, *scales(x, weight, bias)))
-        to = (address(t) for t in (y, mean, rstd))
+        tensors = (x, *scales(x, weight, bias))
+        to = (y, mean, rstd)
         function("positional_norm", "pppppdiippp")(
             *maps, *tensors, eps, x.shape[1] - unbiased, activation == "relu", *to
         )
@@ -45,10 +45,10 @@ class _PositionalNorm(torch.autograd.Function):
             return *recomputed_gradients(reference, (x, weight, bias), gradient), None, None, None
         gradient, g_x, sums = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
         maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        tensors = (address(t) for t in (x, gradient, *scales(x, weight, bias), mean, rstd))
+        tensors = (x, gradient, *scales(x, weight, bias), mean, rstd)
         function("positional_norm_backward", "pppppppppiipp")(
             *(*maps, *tensors, x.shape[1] - ctx.options["unbiased"], ctx.options["activation"] == "relu"),
-            *(address(g_x), address(sums)),
+            *(g_x, sums),
         )
         given = (None if t is None else g.view_as(t) for t, g in zip((weight, bias), sums, strict=True))
         return g_x, *given, None, None, None

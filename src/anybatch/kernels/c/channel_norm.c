@@ -121,8 +121,6 @@ typedef struct {
 
 INLINE Moments moments_at(double *all, int64_t c, int64_t k) { return (Moments){all + 2 * c * k, all + 2 * c * k + c}; }
 
-INLINE double *double_room(int64_t count) { return (double *)room(2 * count); }
-
 /* Mean and sum of squared deviations of each channel over `count` rows. */
 static void moments_of_chunk(const float *x, int64_t step, int64_t c, int64_t count, Moments of) {
     float *sums = room(3 * c), *mean = sums + 2 * c;
@@ -424,9 +422,7 @@ void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const in
                                rstd + n * groups, (int)relu, gx + n * of_gx->n_step, of_gx, found + n * values);
         }
     }
-    memcpy(sums, found, values * sizeof(float));
-    for (int64_t n = 1; n < m->n; n++)
-        for (int64_t i = 0; i < values; i++) sums[i] += found[n * values + i];
+    join_samples(found, m->n, values, sums);
     free(found);
 }
 

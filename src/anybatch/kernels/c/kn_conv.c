@@ -416,11 +416,13 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
     const Map *m = (const Map *)map;
     int64_t c = m->c, drops = apart != NULL, wide = (c + 15) / 16 * 16;
     int threads = m->n * m->s * c > SMALL ? omp_get_max_threads() : 1;
-    float *zeros = NULL, *partial = memset(room(threads * 4 * wide), 0, threads * 4 * wide * sizeof(float));
+    float *zeros = NULL, *recent = memset(room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(float));
+    double *all = memset(double_room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(double));
     if (!bias) bias = zeros = memset(room(c), 0, c * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
-        float *sums = partial + omp_get_thread_num() * 4 * wide, *biases = sums + 2 * wide, *totals = biases + wide;
+        float *biases = recent + omp_get_thread_num() * 2 * wide, *totals = biases + wide;
+        double *sums = all + omp_get_thread_num() * 2 * wide;
         if (channels_last(m)) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < m->n * m->s; row++) {
@@ -438,6 +440,7 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
             for (int64_t job = 0; job < m->n * blocks; job++) {
                 int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s), row = n * m->s + s;
                 memset(along, 0, 2 * step * sizeof(float));
+                flush(biases, sums, 2 * wide);
                 for (int64_t i = 0; i < c; i++) {
                     int64_t at = n * m->n_step + i * m->c_step + s;
                     const float *beside = residual ? residual + at : NULL;
@@ -456,9 +459,10 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
         }
         flush(biases, sums, 2 * wide);
     }
-    join_threads(partial, threads, 4 * wide, c, g_bias);
-    if (drops) join_threads(partial + wide, threads, 4 * wide, c, g_total);
-    free(partial);
+    join_threads(all, threads, 2 * wide, c, g_bias);
+    if (drops) join_threads(all + wide, threads, 2 * wide, c, g_total);
+    free(recent);
+    free(all);
     free(zeros);
 }
 

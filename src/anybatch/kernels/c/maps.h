@@ -53,6 +53,8 @@ INLINE float *room(int64_t count) {
     return found;
 }
 
+INLINE double *double_room(int64_t count) { return (double *)room(2 * count); }
+
 /* Sixteen values, wherever they start. Sums are taken in four of them, since one addition waits for the one before. */
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 #define LANES 16
@@ -112,13 +114,24 @@ INLINE void add_around(int64_t count, const float *restrict x, const float *rest
 /* Sums of parameters' gradients over many rows: those of a few hundred rows first, whose digits are not yet lost. */
 #define ROWS_SUMMED 256
 
-INLINE void flush(float *restrict recent, float *restrict total, int64_t count) {
+INLINE void flush(float *restrict recent, double *restrict total, int64_t count) {
     for (int64_t i = 0; i < count; i++) total[i] += recent[i], recent[i] = 0;
 }
 
-/* The sums that threads left one behind the other, `step` apart, in `sums`. */
-INLINE void join_threads(const float *partial, int threads, int64_t step, int64_t count, float *sums) {
-    memcpy(sums, partial, count * sizeof(float));
-    for (int t = 1; t < threads; t++)
-        for (int64_t i = 0; i < count; i++) sums[i] += partial[t * step + i];
+/* The sums of all threads, which lie `step` apart. */
+INLINE void join_threads(const double *total, int threads, int64_t step, int64_t count, float *sums) {
+    for (int64_t i = 0; i < count; i++) {
+        double sum = 0;
+        for (int t = 0; t < threads; t++) sum += total[t * step + i];
+        sums[i] = (float)sum;
+    }
+}
+
+/* Sums over samples. */
+INLINE void join_samples(const float *found, int64_t samples, int64_t count, float *sums) {
+    for (int64_t i = 0; i < count; i++) {
+        double sum = 0;
+        for (int64_t n = 0; n < samples; n++) sum += found[n * count + i];
+        sums[i] = (float)sum;
+    }
 }

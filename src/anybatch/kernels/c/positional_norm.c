@@ -115,10 +115,12 @@ void positional_norm_backward(const int64_t *map, const int64_t *map_of_g, const
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
     int64_t c = m->c, s = m->s, wide = (c + LANES - 1) / LANES * LANES;
     int threads = m->n * s * c > SMALL ? omp_get_max_threads() : 1;
-    float *partial = memset(room(threads * 4 * wide), 0, threads * 4 * wide * sizeof(float));
+    float *recent = memset(room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(float));
+    double *totals = memset(double_room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(double));
 #pragma omp parallel num_threads(threads)
     {
-        float *total = partial + omp_get_thread_num() * 4 * wide, *g_weight = total + 2 * wide, *g_bias = g_weight + wide;
+        float *g_weight = recent + omp_get_thread_num() * 2 * wide, *g_bias = g_weight + wide;
+        double *total = totals + omp_get_thread_num() * 2 * wide;
         if (channels_last(m)) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < m->n * s; row++) {
@@ -137,6 +139,7 @@ void positional_norm_backward(const int64_t *map, const int64_t *map_of_g, const
             for (int64_t job = 0; job < m->n * blocks; job++) {
                 int64_t n = job / blocks, from = job % blocks * step, count = MIN(step, s - from), at = n * s + from;
                 float sum[MOST_POSITIONS] = {0}, along[MOST_POSITIONS] = {0};
+                flush(g_weight, total, 2 * wide);
                 const float *v = x + n * m->n_step + from, *given = g + n * of_g->n_step + from;
                 float *to = gx + n * of_gx->n_step + from;
                 for (int64_t i = 0; i < c; i++) {
@@ -156,7 +159,8 @@ void positional_norm_backward(const int64_t *map, const int64_t *map_of_g, const
         }
         flush(g_weight, total, 2 * wide);
     }
-    join_threads(partial, threads, 4 * wide, c, sums);
-    join_threads(partial + wide, threads, 4 * wide, c, sums + c);
-    free(partial);
+    join_threads(totals, threads, 2 * wide, c, sums);
+    join_threads(totals + wide, threads, 2 * wide, c, sums + c);
+    free(recent);
+    free(totals);
 }

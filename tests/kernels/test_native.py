@@ -1,0 +1,263 @@
+"""Kernels in C: how they come to be, and what the tables of the contract do not ask of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anybatch.dispatch import Op, backend, explain
+from anybatch.functional import batch_channel_norm, group_norm, kn_conv, local_context_norm, positional_norm
+from anybatch.kernels import native_common
+from anybatch.methods.batch_norm import channel_moments
+from helpers import assert_error_within, error
+
+SHAPES = {"small": (3, 6, 5, 7), "one_position": (2, 8, 1, 1), "many_positions": (2, 4, 70, 90), "wide": (1, 600, 3, 3)}
+
+
+def norm_parameters(c: int, count: int, generator: torch.Generator) -> list[Tensor]:
+    noise = 0.3 * torch.randn(count, c, generator=generator, dtype=torch.float64)
+    return [noise[0] + 1, noise[1]] if count == 2 else [noise[0], noise[1].abs() + 1, noise[2] + 1, *noise[3:]]
+
+
+def _conv(x: Tensor, w: Tensor, b: Tensor, r: Tensor, act: str = "relu", **options: Any) -> Tensor:
+    return kn_conv(x, w, b, padding=1, residual=r, activation=act, **options)
+
+
+CALLS: dict[str, tuple[Op, Callable[..., Tensor], Callable[[tuple[int, ...], torch.Generator], list[Tensor]]]] = {
+    "kn_conv": (
+        kn_conv,
+        _conv,
+        lambda s, g: [
+            0.2 * torch.randn(5, s[1], 3, 3, generator=g, dtype=torch.float64),
+            torch.randn(5, generator=g, dtype=torch.float64),
+            torch.randn(s[0], 5, *s[2:], generator=g, dtype=torch.float64),
+        ],
+    ),
+    "kn_conv_dropout": (
+        kn_conv,
+        lambda *a, act="relu": _conv(*a, act=act, p=0.3, seed=torch.tensor(-(2**62) + 11)),
+        lambda s, g: CALLS["kn_conv"][2](s, g),
+    ),
+    "group_norm": (
+        group_norm,
+        lambda x, w, b, act="relu": group_norm(x, 2, w, b, activation=act),
+        lambda s, g: norm_parameters(s[1], 2, g),
+    ),
+    "batch_channel_norm": (
+        batch_channel_norm,
+        lambda x, *p, act="relu": batch_channel_norm(x, 2, *p, activation=act),
+        lambda s, g: norm_parameters(s[1], 6, g),
+    ),
+    "positional_norm": (
+        positional_norm,
+        lambda x, w, b, act="relu": positional_norm(x, w, b, activation=act),
+        lambda s, g: norm_parameters(s[1], 2, g),
+    ),
+    "local_context_norm": (
+        local_context_norm,
+        lambda x, w, b, act="": local_context_norm(x, 3, 2, w, b),
+        lambda s, g: norm_parameters(s[1], 2, g),
+    ),
+}
+NAMES = pytest.mark.parametrize("name", CALLS)
+FORMATS = pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+
+
+@pytest.fixture(autouse=True)
+def needs_a_compiler() -> None:
+    if reason := native_common.refused_native(torch.ones(1, 2)):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def given(name: str, shape: tuple[int, ...], mean: float, format: torch.memory_format) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) + mean
+    others = CALLS[name][2](shape, generator)
+    if name == "batch_channel_norm":
+        others[0] = others[0] + mean
+    return [t.contiguous(memory_format=format) if t.dim() == 4 and t.shape[0] == shape[0] else t for t in (x, *others)]
+
+
+def passed(name: str, args: list[Tensor], dtype: torch.dtype, which: str, act: str = "relu") -> list[Tensor]:
+    """The output and the gradients of all inputs."""
+    args = [t.to(dtype).detach().requires_grad_() for t in args]
+    with backend(which):
+        y = CALLS[name][1](*args, act=act)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+        return [y.detach(), *torch.autograd.grad(y, args, g.to(dtype))]
+
+
+@NAMES
+@FORMATS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mean", [0, 10, 100, 1000])
+def test_outputs_and_gradients_are_those_of_float64(
+    name: str, format: torch.memory_format, shape: str, mean: float
+) -> None:
+    if shape in ("one_position", "wide") and name == "local_context_norm":
+        pytest.skip("a window covers the map there")
+    act = "relu" if mean < 100 else "none"  # roundings of large means decide which side of 0 some values are on
+    args = given(name, SHAPES[shape], mean, format)
+    # What float32 holds of them, so that no error is the input's.
+    args = [t.float().double() for t in args]
+    exact = passed(name, args, torch.float64, "reference", act)
+    naive = passed(name, args, torch.float32, "reference", act)
+    for got, right, plain in zip(passed(name, args, torch.float32, "native", act), exact, naive, strict=True):
+        size = right.abs().max().item()
+        roundoff = 64 * torch.finfo(torch.float32).eps * (1 + mean / 10) * size
+        assert_error_within(got, right, 2 * error(plain, right) + roundoff)
+
+
+@NAMES
+@FORMATS
+def test_results_do_not_depend_on_threads_nor_on_other_samples(
+    name: str, format: torch.memory_format, threads: Callable[[int], None]
+) -> None:
+    args = [t.float() for t in given(name, (3, 8, 40, 50), 1, format)]
+    threads(1)
+    alone = passed(name, args, torch.float32, "native")
+    if name != "kn_conv_dropout":  # whose masks differ from sample to sample
+        last = [t[2:] if t.dim() == 4 and len(t) == 3 else t for t in args]
+        with backend("native"):
+            single = CALLS[name][1](*last)
+        if not name.startswith("kn_conv"):  # torch's convolution rounds in another order
+            torch.testing.assert_close(single, alone[0][2:], rtol=0, atol=0)
+    threads(2)
+    torch.testing.assert_close(passed(name, args, torch.float32, "native")[:2], alone[:2], rtol=2e-5, atol=2e-5)
+    if not name.startswith("kn_conv"):
+        torch.testing.assert_close(passed(name, args, torch.float32, "native")[0], alone[0], rtol=0, atol=0)
+
+
+@NAMES
+@FORMATS
+def test_views_at_odd_addresses_and_gradients_of_any_layout(name: str, format: torch.memory_format) -> None:
+    args = [t.float() for t in given(name, (2, 6, 5, 7), 1, format)]
+    shifted = []
+    for t in args:
+        place = torch.empty(t.numel() + 1)[1:].as_strided(t.size(), t.stride())
+        shifted.append(place.copy_(t))
+    expected = passed(name, args, torch.float32, "native")
+    torch.testing.assert_close(passed(name, shifted, torch.float32, "native"), expected, rtol=1e-5, atol=1e-5)
+    asked = [t.requires_grad_() for t in shifted]
+    with backend("native"):
+        y = CALLS[name][1](*asked)
+    (one,) = torch.autograd.grad(y, asked[0], torch.ones(()).expand_as(y), retain_graph=True)
+    turned = torch.ones(y.transpose(2, 3).shape).transpose(2, 3)
+    torch.testing.assert_close(torch.autograd.grad(y, asked[0], turned)[0], one, rtol=1e-5, atol=1e-6)
+
+
+@NAMES
+@FORMATS
+def test_what_is_not_a_number_stays_so(name: str, format: torch.memory_format) -> None:
+    args = [t.float() for t in given(name, (2, 6, 5, 7), 0, format)]
+    args[0][1, 2, 2, 3] = torch.nan
+    got = passed(name, args, torch.float32, "native")
+    assert got[0][0].isfinite().all()
+    assert got[0][1].isnan().any()
+
+
+@FORMATS
+def test_many_rows_are_added_up_without_losing_digits(format: torch.memory_format) -> None:
+    x = torch.randn(4, 2, 300, 300, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=format)
+    weight, bias = torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    with backend("native"):
+        y = positional_norm(x, weight, bias)
+        _, g = torch.autograd.grad(y, (weight, bias), torch.full_like(y, 1.1))
+    torch.testing.assert_close(g, torch.full((2,), 1.1 * 360_000), rtol=5e-6, atol=0)
+
+
+@FORMATS
+def test_moments_of_channels_at_a_large_mean(format: torch.memory_format) -> None:
+    x = torch.randn(3, 5, 40, 50, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=format) + 1000
+    with backend("native"):
+        mean, squares = channel_moments(x)
+    exact_mean, exact_squares = channel_moments.reference(x.double())
+    assert_error_within(mean, exact_mean, 1000 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(squares.double(), exact_squares, rtol=1e-6, atol=0)
+
+
+@NAMES
+def test_second_derivatives_are_those_of_the_reference(name: str) -> None:
+    args = [t.float().requires_grad_() for t in given(name, (2, 4, 4, 5), 0, torch.contiguous_format)]
+    found = []
+    for which in ("native", "reference"):
+        with backend(which):
+            y = CALLS[name][1](*args)
+            (g,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
+            found.append(torch.autograd.grad(g.square().sum(), args[0])[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.ones(2, 4, 3, 3, dtype=torch.float64), "x is torch.float64"),
+        (torch.ones(2, 4, 3, 3, dtype=torch.bfloat16), "x is torch.bfloat16"),
+        (torch.ones(0, 4, 3, 3), "no map with values"),
+        (torch.ones(2, 4, 3, 6)[..., ::2], "neither contiguous nor channels last"),
+        (torch.ones(2, 4, 3, 3, device="meta"), "x is on meta"),
+    ],
+)
+def test_refusals_say_why(x: Tensor, reason: str) -> None:
+    assert reason in explain(group_norm, x, 2)["native"]
+    with backend("native"), pytest.raises(ValueError, match=reason):
+        group_norm(x, 2)
+
+
+# How the library comes to be
+
+
+def told(code: str, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+    return run.stdout.strip()
+
+
+ANSWER = (
+    "import torch; from anybatch.functional import group_norm; from anybatch.dispatch import explain; "
+    "x = torch.ones(2, 4, 3, 3); group_norm(x, 2); print(explain(group_norm, x, 2)['native'])"
+)
+
+
+def test_it_can_be_switched_off() -> None:
+    assert told(ANSWER, ANYBATCH_NATIVE="0") == "ANYBATCH_NATIVE=0 switches kernels in C off"
+
+
+def test_without_a_compiler_others_run(tmp_path: Path) -> None:
+    assert "there is no C compiler" in told(ANSWER, PATH=str(tmp_path), CC="")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no room left >&2\nexit 1\n")
+    broken.chmod(0o755)
+    answer = told(ANSWER, CC=str(broken), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "failed: no room left" in answer
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_it_is_compiled_once_and_a_file_cut_short_is_made_anew(tmp_path: Path) -> None:
+    assert told(ANSWER, XDG_CACHE_HOME=str(tmp_path)) == "runs"
+    (made,) = (tmp_path / "anybatch").iterdir()
+    whole, when = made.read_bytes(), made.stat().st_mtime_ns
+    assert told(ANSWER, XDG_CACHE_HOME=str(tmp_path)) == "runs"
+    assert made.stat().st_mtime_ns == when
+    made.write_bytes(whole[:100])
+    assert told(ANSWER, XDG_CACHE_HOME=str(tmp_path)) == "runs"
+    assert len(made.read_bytes()) == len(whole)
