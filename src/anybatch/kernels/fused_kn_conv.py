@@ -13,17 +13,21 @@ channels, so their gradients are spread over the positions by the transposed ave
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.kn_stages import Filters, Normalized, Stages
+from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.kn_conv import check_residual, convolve, filter_windows, kn_conv
 from anybatch.methods.windows import Padding, Sizes, Windows
+
+STAGES: dict[str, type[Stages]] = {"fused": Stages}
+"""By backend, what its kernel strings together."""
 
 
 def refusal(
@@ -42,8 +46,10 @@ def refusal(
     eps: float = 1e-5,
     activation: str = "none",
     residual: Tensor | None = None,
+    traced: bool = False,
 ) -> str | None:
-    if (reason := refused_tracing()) is not None:
+    """Why the stages cannot take the arguments; ``traced`` where what traces them sees one operator."""
+    if not traced and (reason := refused_tracing()) is not None:
         return reason
     if groups != 1:
         return f"groups={groups}: statistics of one group are all it takes"
@@ -64,6 +70,73 @@ def refusal(
     return None
 
 
+def normalized_conv(
+    stages: Stages,
+    at: Windows,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Filters, Normalized]:
+    """The filters as they were convolved, and the result with what backward needs of how it came about."""
+    pixels = stages.pixels(x, p, seed)
+    filters = stages.filters(weight, x.dtype)
+    z = convolve(x, filters.centered, at, 1)
+    if residual is not None:
+        check_residual(residual, z.shape)
+    return filters, stages.normalized(z, pixels, filters, bias, residual, at, p, eps, relu)
+
+
+class Gradients(NamedTuple):
+    """None where none is asked for."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+
+def pulled_back(
+    stages: Stages,
+    at: Windows,
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    filters: Filters | Tensor | None,
+    done: Normalized,
+    p: float,
+    relu: bool,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients, of the input and the weight as ``needs`` says.
+
+    Args:
+        filters: Those of `normalized_conv`; of stages that pull by weight their sums; None to make them anew.
+    """
+    if isinstance(filters, Tensor):
+        filters = Filters(weight, filters, None)
+    elif filters is None:
+        filters = stages.filters(weight, x.dtype)
+        filters = filters._replace(centered=weight) if stages.pulls_by_weight else filters
+    gradient = laid_out(gradient, done.y)  # an expanded one, say
+    back = stages.pulled(gradient, done, filters.total, bias, residual, at, relu)
+    geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)
+    wanted = (*needs, False)
+    g_x, g_centered, _ = torch.ops.aten.convolution_backward(back.z, x, filters.centered, None, *geometry, wanted)
+    g_weight = None if g_centered is None else stages.through_filters(g_centered, back.total, weight.dtype)
+    if g_x is not None:
+        g_x = stages.through_moments(g_x, x, done, back, at, p, seed)
+    g_bias = None if bias is None else back.bias.to(bias.dtype)
+    return Gradients(g_x, g_weight, g_bias, None if residual is None else back.residual)
+
+
 class _KNConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -80,12 +153,7 @@ class _KNConv(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> Tensor:
-        pixels = stages.pixels(x, p, seed)
-        filters = stages.filters(weight, x.dtype)
-        z = convolve(x, filters.centered, at, 1)
-        if residual is not None:
-            check_residual(residual, z.shape)
-        done = stages.normalized(z, pixels, filters, bias, residual, at, p, eps, relu)
+        filters, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu)
         ctx.stages, ctx.call, ctx.at, ctx.p, ctx.relu = stages, call, at, p, relu
         kept = filters if stages.keeps_filters else (None, filters.total if stages.pulls_by_weight else None, None)
         ctx.save_for_backward(x, weight, bias, residual, seed, *kept, *done)
@@ -103,24 +171,12 @@ class _KNConv(torch.autograd.Function):
                 "does, or out += skip; let these give new tensors, or the layer do them: "
                 "layer.take_activation(nn.ReLU()), layer(x, skip)"
             ) from error
+        tensors = (x, weight, bias, residual, seed)
         if torch.is_grad_enabled():  # second derivatives
-            tensors = (x, weight, bias, residual, seed)
             return None, None, None, *recomputed_gradients(ctx.call, tensors, gradient), None, None, None
-        at, stages, done = ctx.at, ctx.stages, Normalized(*kept)
-        if gradient.stride() != done.y.stride():  # expanded, say
-            gradient = torch.empty_like(done.y).copy_(gradient)
-        if centered is None and not stages.pulls_by_weight:
-            centered, total, rest = stages.filters(weight, x.dtype)
-        filters = Filters(weight if centered is None else centered, total, rest)
-        back = stages.pulled(gradient, done, filters.total, bias, residual, at, ctx.relu)
-        needed = (*ctx.needs_input_grad[3:5], False)
-        geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)
-        g_x, g_centered, _ = torch.ops.aten.convolution_backward(back.z, x, filters.centered, None, *geometry, needed)
-        g_weight = None if g_centered is None else stages.through_filters(g_centered, back.total, weight.dtype)
-        if g_x is not None:
-            g_x = stages.through_moments(g_x, x, done, back, at, ctx.p, seed)
-        g_bias = None if bias is None else back.bias.to(bias.dtype)
-        return None, None, None, g_x, g_weight, g_bias, None if residual is None else back.residual, *[None] * 4
+        filters = total if centered is None else Filters(centered, total, rest)
+        options = (filters, Normalized(*kept), ctx.p, ctx.relu, ctx.needs_input_grad[3:5])
+        return None, None, None, *pulled_back(ctx.stages, ctx.at, gradient, *tensors, *options), *[None] * 4
 
 
 @kn_conv.kernel("fused", refusal=refusal)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.kernels.fused_kn_conv import kn_conv_in_stages
+from anybatch.kernels.fused_kn_conv import STAGES, kn_conv_in_stages
 from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages
 from anybatch.kernels.layouts import filters_as_rows, laid_out, places, three
@@ -124,6 +124,9 @@ class NativeStages(Stages):
             *(done.mean, back.var, back.own, p, seed, dropout_threshold(p)),
         )
         return g_x
+
+
+STAGES["native"] = NativeStages
 
 
 @kn_conv.kernel("native", refusal=_refusal, first=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.kernels.fused_kn_conv import kn_conv_in_stages
+from anybatch.kernels.fused_kn_conv import STAGES, kn_conv_in_stages
 from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages, rounds
 from anybatch.kernels.layouts import Layout, filters_as_rows, laid_out, layout_of, places, steps, three
@@ -263,6 +263,9 @@ def _kernels() -> Any:
     from anybatch.kernels import triton_kn_kernels  # here, since Triton takes a while to import
 
     return triton_kn_kernels
+
+
+STAGES["triton"] = TritonStages
 
 
 @kn_conv.kernel("triton", refusal=_refusal, first=True)
