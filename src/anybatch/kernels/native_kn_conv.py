@@ -7,6 +7,7 @@ filters need not be centered again.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -38,6 +39,22 @@ def _windows(sizes: torch.Size, windows: torch.Size, at: Windows) -> Any:
     return numbers(*three(sizes), *three(windows), *places(at))
 
 
+class _Scratch(threading.local):
+    """Memory of a thread for filters that are convolved at once: what is fresh would cost more than centering them."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def like(self, weight: Tensor) -> Tensor:
+        """A tensor laid out as a dense weight is, until the next is asked for."""
+        if self.memory.numel() < weight.numel():
+            self.memory = weight.new_empty(weight.numel())
+        return self.memory.as_strided(weight.shape, weight.stride())
+
+
+_scratch = _Scratch()
+
+
 def _fields(like: Tensor, positions: torch.Size) -> Tensor:
     return like.new_empty((len(like), 1, *positions))
 
@@ -54,7 +71,7 @@ class NativeStages(Stages):
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
         weight = filters_as_rows(weight)
-        centered, total = torch.empty_like(weight), weight.new_empty(len(weight))
+        centered, total = _scratch.like(weight), weight.new_empty(len(weight))
         shape = (len(weight), weight[0].numel())
         function("kn_filters", "iippp")(*shape, weight, centered, total)
         return Filters(centered, total, None)
