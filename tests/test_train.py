@@ -72,6 +72,44 @@ def test_accumulating_is_the_larger_batch_for_batch_free_schemes():
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-9)
 
 
+@pytest.mark.parametrize("scheme", ["ws+gn", "kn(p=0)"])
+def test_a_compiled_run_learns_what_the_eager_one_learns(scheme, monkeypatch):
+    asked = []
+
+    def traced(call, mode):
+        asked.append(mode)
+        return torch_compile(call, backend="aot_eager", fullgraph=True)  # in seconds, where a compiler takes a minute
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    torch.compiler.reset()
+    recipe = tiny(model__scheme=scheme, data__batch_size=16)
+    eager, compiled = train.run(recipe), train.run(recipe.replace({"train.compile": "reduce-overhead"}))
+    assert asked == ["reduce-overhead"]
+    for before, now in zip(eager["curve"], compiled["curve"], strict=True):
+        assert now["train_loss"] == pytest.approx(before["train_loss"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["bn", "ws+gn", "ws+bcn", "kn", "nf+agc", "frn"])
+def test_torch_compile_runs_every_scheme(scheme):
+    torch.compiler.reset()
+    row = train.run(tiny(model__scheme=scheme, data__batch_size=16, train__compile="default"))
+    assert row["status"] == "ok"
+
+
+def test_a_compiler_that_is_missing_is_told_in_one_line(monkeypatch):
+    class MissingError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fails(*_):
+        raise MissingError("no C++\ncompiler")
+
+    monkeypatch.setattr(torch, "compile", lambda call, mode: fails)
+    with pytest.raises(ValueError, match=r"train.compile=default: torch.compile failed \(no C\+\+ compiler\)"):
+        train.run(tiny(train__compile="default"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -146,6 +146,11 @@ class Run(L.LightningModule):
         super().__init__()
         self.model = model
         self.recipe = recipe
+        mode = recipe.train.compile
+        # Of a function: a module would be a second one here, with the same parameters.
+        self._call: Callable[[Tensor], Tensor] = model.__call__
+        if mode is not None:
+            self._call = torch.compile(model.__call__, mode=mode)
         self.steps_per_epoch = epoch.steps
         clip = scheme(recipe.model.scheme).clip
         self.clip = None if clip is None else clip(model)
@@ -190,7 +195,7 @@ class Run(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        loss = training_loss(self.model, self.in_format(x), y, label_smoothing=self.recipe.train.label_smoothing)
+        loss = training_loss(self._call, self.in_format(x), y, label_smoothing=self.recipe.train.label_smoothing)
         if self._is_second_evaluation():
             return loss  # of the same images, elsewhere
         self.count(loss, len(y), batch_idx)

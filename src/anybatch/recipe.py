@@ -146,6 +146,9 @@ class Train(_Section):
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     channels_last: bool = False
+    compile: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """A mode of torch.compile for the training step, of which reduce-overhead and max-autotune capture CUDA graphs on a
+    GPU; None runs it as it stands. Evaluation is not compiled. The first step takes a minute or so."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then evaluated and saved; None for none."""
@@ -184,7 +187,7 @@ _ADDED = {
     ),
     "optim": ("sam_rho",),
     "schedule": ("floor", "milestones", "factor"),
-    "train": ("ema_warmup",),
+    "train": ("ema_warmup", "compile"),
     "privacy": tuple(Privacy.model_fields),
 }
 
@@ -230,6 +233,7 @@ class Recipe(_Section):
             "data.mixup or data.cutmix: they mix images": self.data.mixup is not None or self.data.cutmix is not None,
             f"train.devices={self.train.devices}: it runs on one": self.train.devices > 1,
             f"train.precision={self.train.precision}: it takes 32-true or 64-true": "mixed" in self.train.precision,
+            f"train.compile={self.train.compile}: each image has gradients of its own": self.train.compile is not None,
         }
         reasons = [reason for reason, found in wrong.items() if found]
         if reasons:

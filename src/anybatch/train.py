@@ -94,6 +94,16 @@ def run(
                 )
         except DivergedError as error:
             row["status"], row["message"] = "failed", str(error)
+        except RuntimeError as error:
+            if recipe.train.compile is None or not type(error).__module__.startswith(
+                ("torch._dynamo", "torch._inductor")
+            ):
+                raise
+            told = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"train.compile={recipe.train.compile}: torch.compile failed ({told}); it needs a C++ compiler on the "
+                f"CPU and Triton on a GPU; leave it out to train as it stands"
+            ) from None
         except SystemExit:  # what Lightning makes of Ctrl-C and of a signal to end
             raise KeyboardInterrupt from None
     if device.type == "cuda":
