@@ -19,7 +19,7 @@ from anybatch.bench.timing import Work
 from anybatch.dispatch import backend, compiled_helpers
 from anybatch.measure import saved_bytes
 from anybatch.methods.adaptive_gradient_clipping import adaptive_clip_grad_
-from anybatch.methods.filters import StandardizedFilter, reuse_filters
+from anybatch.methods.filters import StandardizedFilter, reuse_filters, standardize_together
 from anybatch.models import model_entry
 
 
@@ -69,7 +69,7 @@ def _ws_variant(
     gradients = [torch.randn_like(w) for w in weights]
 
     def forward() -> list[Tensor]:
-        return [layer.standardized() for layer in layers] if how is None else [how(w) for w in weights]
+        return standardize_together(layers) if how is None else [how(w) for w in weights]
 
     def run() -> None:
         with compiled_helpers(helpers):

@@ -11,7 +11,12 @@ from anybatch.kernels import recompute
 from anybatch.kernels import torch_batch_renorm as torch_batch_renorm
 from anybatch.kernels import torch_group_norm as torch_group_norm
 from anybatch.kernels import torch_weight_standardize as torch_weight_standardize
+from anybatch.kernels import triton_channel_moments as triton_channel_moments
+from anybatch.kernels import triton_channel_norm as triton_channel_norm
+from anybatch.kernels import triton_clipping as triton_clipping
 from anybatch.kernels import triton_kn_conv as triton_kn_conv
+from anybatch.kernels import triton_positional_norm as triton_positional_norm
+from anybatch.kernels import triton_weight_standardize as triton_weight_standardize
 from anybatch.methods.batch_channel_norm import batch_channel_norm
 from anybatch.methods.batch_norm import frozen_batch_norm
 from anybatch.methods.batch_renorm import batch_renorm

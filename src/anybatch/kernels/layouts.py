@@ -23,7 +23,9 @@ class Layout(NamedTuple):
 @functools.lru_cache(4096)
 def steps(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
     """The layout of (N, C, *); None where its positions are not one step apart."""
-    step = expected = strides[-1]
+    if len(shape) == 2:
+        return Layout(strides[0], 1, strides[1])
+    step = expected = next((s for n, s in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True) if n > 1), 1)
     for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
         if size > 1 and stride != expected:
             return None
@@ -40,7 +42,10 @@ def layout_of(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
 
 def laid_out(t: Tensor, like: Tensor) -> Tensor:
     """``t``, or a copy that lies in memory as ``like`` does."""
-    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
+    strides = zip(t.shape, t.stride(), like.stride(), strict=True)
+    if all(size == 1 or own == other for size, own, other in strides):
+        return t
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
 def filters_as_rows(weight: Tensor) -> Tensor:

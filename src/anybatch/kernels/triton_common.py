@@ -6,17 +6,24 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from anybatch.kernels.activations import refused_tracing
+from anybatch.kernels.layouts import laid_out, steps
+
+Result = TypeVar("Result")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs kernels, on the CPU, as in tests."""
 
 
 def refused_device(x: Tensor) -> str | None:
-    """Why kernels cannot run where ``x`` is, or None."""
+    """Why kernels cannot run where ``x`` is, or under what calls them, or None."""
+    if reason := refused_tracing():  # first, since what follows is not to be traced
+        return reason
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return f"x is on {x.device.type}"
     return None if _installed() else "Triton is not installed"
@@ -64,3 +71,68 @@ class Plan:
 def power_of_two(n: int) -> int:
     """The first from ``n`` on."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+planned = functools.lru_cache(4096)
+"""Of what makes a plan, by all that it and the dtypes of its tensors follow from."""
+Dtypes = tuple[torch.dtype | None, ...]
+
+
+def dtypes_of(*tensors: Tensor | None) -> Dtypes:
+    """None for those left out."""
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def readable(g: Tensor, like: Tensor) -> Tensor:
+    """``g`` where it is expanded or lies in memory as ``like`` does, else a copy that does."""
+    if g.stride() == like.stride():
+        return g
+    of_g, of_like = steps(g.shape, g.stride()), steps(like.shape, like.stride())
+    if of_g is not None and of_like is not None and (of_g.position == 0 or of_g[1:] == of_like[1:]):
+        return g
+    return laid_out(g, like)
+
+
+def refused_layout(x: Tensor) -> str | None:
+    """Why kernels cannot find the values of (N, C, *), or None."""
+    if steps(x.shape, x.stride()) is None:
+        return "x is neither contiguous nor channels last"
+    span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return f"a sample of x spans {span} values, 2^31 or more" if span >= 2**31 else None
+
+
+def refused_activations(x: Tensor) -> str | None:
+    """Why kernels of norms do not take (N, C, *), or None."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}, which statistics are not taken in"
+    return "x has no values" if x.numel() == 0 else refused_layout(x)
+
+
+def refused_parameters(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why kernels of norms do not take these beside ``x``, or None."""
+    for p in parameters:
+        if p is not None and (p.device != x.device or not p.is_floating_point() or p.dtype.itemsize > 4):
+            return f"a parameter is {p.dtype} on {p.device}, x on {x.device}"
+        if p is not None and not p.is_contiguous():
+            return "a parameter is not contiguous"
+    return None
+
+
+def pieces() -> Any:
+    """Kernels that several ops have."""
+    from anybatch.kernels import triton_pieces  # here, since Triton takes a while to import
+
+    return triton_pieces
+
+
+def on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
+    """``run`` with the device of its first tensor as the current one, on which kernels are launched."""
+
+    @functools.wraps(run)
+    def there(x: Tensor, *args: Any, **options: Any) -> Result:
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return run(x, *args, **options)
+        return run(x, *args, **options)
+
+    return there

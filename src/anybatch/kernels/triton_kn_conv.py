@@ -6,7 +6,6 @@ never by the batch; only the number of rows whose parameter gradients one progra
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,7 +16,17 @@ from anybatch.kernels.fused_kn_conv import STAGES, kn_conv_in_stages
 from anybatch.kernels.fused_kn_conv import refusal as refused_by_formulas
 from anybatch.kernels.kn_stages import Filters, Normalized, Pixels, Pulled, Stages, rounds
 from anybatch.kernels.layouts import Layout, filters_as_rows, laid_out, layout_of, places, steps, three
-from anybatch.kernels.triton_common import Plan, power_of_two, refused_device
+from anybatch.kernels.triton_common import (
+    Dtypes,
+    Plan,
+    dtypes_of,
+    on_its_device,
+    pieces,
+    planned,
+    power_of_two,
+    refused_device,
+    refused_layout,
+)
 from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.windows import Windows
@@ -36,10 +45,8 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
         return "x is float64, which its statistics are not taken in"
     if not 3 <= x.dim() <= 5 or x.dim() != weight.dim() or x.numel() == 0:
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions with values"
-    if steps(x.shape, x.stride()) is None:
-        return "x is neither contiguous nor channels last"
-    if (span := sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))) >= 2**31:
-        return f"a sample of x spans {span} values, 2^31 or more"
+    if reason := refused_layout(x):
+        return reason
     if len(weight) * x[0, 0].numel() >= 2**30:  # with room for what padding adds
         return f"a sample of the result may have {len(weight) * x[0, 0].numel()} values, 2^30 or more"
     if weight[0, 0].numel() > _MOST_TAPS:
@@ -63,12 +70,7 @@ def _blocks(channels: int, positions: int, layout: Layout, tile: int = _TILE) ->
     return _Blocks(min(rows, power_of_two(positions)), columns)
 
 
-# Plans, by all that they and the dtypes of their tensors follow from.
-_planned = functools.lru_cache(4096)
-_Dtypes = tuple[torch.dtype | None, ...]
-
-
-@_planned
+@planned
 def _pixels(shape: torch.Size, strides: tuple[int, ...], _: torch.dtype, p: float, drops: bool) -> Plan:
     layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(channels, positions, layout)
@@ -76,12 +78,12 @@ def _pixels(shape: torch.Size, strides: tuple[int, ...], _: torch.dtype, p: floa
     return Plan(_kernels().pixel_moments, (n * -(-positions // rows),), numbers)
 
 
-@_planned
-def _centering(filters: int, size: int, _: _Dtypes) -> Plan:
+@planned
+def _centering(filters: int, size: int, _: Dtypes) -> Plan:
     return Plan(_kernels().center_filters, (filters,), (size, min(power_of_two(size), 2048)))
 
 
-@_planned
+@planned
 def _normalizing(
     shape: torch.Size,
     strides: tuple[int, ...],
@@ -94,7 +96,7 @@ def _normalizing(
     residual: bool,
     alone: bool,
     relu: bool,
-    dtypes: _Dtypes,
+    dtypes: Dtypes,
 ) -> Plan:
     layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(filters, windows, layout)
@@ -111,7 +113,7 @@ class _Pulling(NamedTuple):
     programs: int
 
 
-@_planned
+@planned
 def _pulling(
     shape: torch.Size,
     strides: tuple[int, ...],
@@ -120,7 +122,7 @@ def _pulling(
     subtracts: bool,
     relu: bool,
     masked: bool,
-    dtypes: _Dtypes,
+    dtypes: Dtypes,
 ) -> _Pulling:
     layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(filters, windows, layout, _TILE // 2)  # of several tensors
@@ -133,16 +135,16 @@ def _pulling(
         drops, dtypes[1] is not None, alone, subtracts, relu, masked, sees_all, together, rows, columns,
     )  # fmt: skip
     sums = filters * (1 + drops)
-    adding_up = Plan(_kernels().added_up, (-(-sums // 16),), (programs, sums, 64, 16))
+    adding_up = Plan(pieces().added_up, (-(-sums // 16),), (programs, sums, 64, 16))
     return _Pulling(Plan(_kernels().pulled, (programs,), numbers), adding_up, programs)
 
 
-@_planned
-def _through_filters(filters: int, size: int, drops: bool, _: _Dtypes) -> Plan:
+@planned
+def _through_filters(filters: int, size: int, drops: bool, _: Dtypes) -> Plan:
     return Plan(_kernels().through_filters, (filters,), (size, drops, min(power_of_two(size), 2048)))
 
 
-@_planned
+@planned
 def _through_moments(
     shape: torch.Size,
     strides: tuple[int, ...],
@@ -160,10 +162,6 @@ def _through_moments(
         *three(windows), *places(at), 1 - p, drops, power_of_two(at.positions), rows, columns,
     )  # fmt: skip
     return Plan(_kernels().through_moments, (n * -(-positions // rows), -(-channels // columns)), numbers)
-
-
-def _dtypes(*tensors: Tensor | None) -> _Dtypes:
-    return tuple(None if t is None else t.dtype for t in tensors)
 
 
 class TritonStages(Stages):
@@ -203,7 +201,7 @@ class TritonStages(Stages):
         residual = None if residual is None else laid_out(residual, z)
         plan = _normalizing(
             z.shape, z.stride(), pixels.mean.shape[2:], at, p, eps, drops, filters.rest is not None,
-            residual is not None, alone, relu, _dtypes(z, bias),
+            residual is not None, alone, relu, dtypes_of(z, bias),
         )  # fmt: skip
         plan(z, y, residual, *pixels, filters.total, filters.rest, bias, mean, scale, apart)
         return Normalized(y, mean, scale, apart, z if alone else None)
@@ -226,7 +224,7 @@ class TritonStages(Stages):
         g_var, g_own = found if drops else (*found, None)
         plan, adding_up, programs = _pulling(
             y.shape, y.stride(), drops, done.own is not None, taken is not None, relu, masked is not None,
-            _dtypes(y, bias),
+            dtypes_of(y, bias),
         )  # fmt: skip
         partial = y.new_empty((programs, 1 + drops, y.shape[1]), dtype=torch.float32)
         sums = torch.empty_like(partial[0])
@@ -269,8 +267,6 @@ STAGES["triton"] = TritonStages
 
 
 @kn_conv.kernel("triton", refusal=_refusal, first=True)
+@on_its_device
 def triton_kn_conv(x: Tensor, *args: Any, **options: Any) -> Tensor:
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # on which kernels are launched
-        with torch.cuda.device(x.device):
-            return kn_conv_in_stages(TritonStages(), x, *args, **options)
     return kn_conv_in_stages(TritonStages(), x, *args, **options)

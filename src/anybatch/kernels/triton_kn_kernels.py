@@ -11,14 +11,7 @@ Geometry is given for three dimensions, outermost first, missing ones as one pos
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """``x``, float32, to the nearest of a dtype: as devices do anyway, and the interpreter where it is told to."""
-    if dtype == tl.float32:
-        return x
-    else:
-        return x.to(dtype, fp_downcast_rounding="rtne")
+from anybatch.kernels.triton_pieces import rounded
 
 
 @triton.jit
@@ -180,12 +173,12 @@ def normalized(
     y *= scale[:, None]
     if BIASED:
         y += tl.load(bias_ptr + o, mask=o < filters, other=0.0).to(tl.float32)[None, :]
-    y = _rounded(y, y_ptr.dtype.element_ty)
+    y = rounded(y, y_ptr.dtype.element_ty)
     if ALONE:
         tl.store(z_ptr + n * stride_n + place, y, mask=mask)
     if RESIDUAL:
         residual = tl.load(residual_ptr + n * stride_n + place, mask=mask, other=0.0).to(tl.float32)
-        y = _rounded(y.to(tl.float32) + residual, y_ptr.dtype.element_ty)
+        y = rounded(y.to(tl.float32) + residual, y_ptr.dtype.element_ty)
     if RELU:
         y = tl.where(y < 0, 0.0, y)  # NaN stays
     tl.store(y_ptr + n * stride_n + place, y, mask=mask)
@@ -258,7 +251,7 @@ def pulled(
             if RELU:
                 g = tl.where(y <= 0, 0.0, g)
             if MASKED:
-                tl.store(masked_ptr + sample + place, _rounded(g, masked_ptr.dtype.element_ty), mask=mask)
+                tl.store(masked_ptr + sample + place, rounded(g, masked_ptr.dtype.element_ty), mask=mask)
             own = y
             if ALONE:
                 own = tl.load(own_ptr + sample + place, mask=mask, other=0.0).to(tl.float32)
@@ -267,7 +260,7 @@ def pulled(
             if BIASED:
                 own -= bias[None, :]
             h = g * scale[:, None]
-            tl.store(h_ptr + sample + place, _rounded(h, h_ptr.dtype.element_ty), mask=mask)
+            tl.store(h_ptr + sample + place, rounded(h, h_ptr.dtype.element_ty), mask=mask)
             g_bias += g
             if ALL:
                 along = tl.sum(g * own, axis=1)
@@ -292,24 +285,6 @@ def pulled(
         there = window < windows
         scale = tl.load(scale_ptr + row, mask=there, other=0.0)
         _store_of_windows(g_var_ptr, g_own_ptr, along, through, scale, row, there, DROPS)
-
-
-@triton.jit
-def added_up(
-    partial_ptr,  # (R, S)
-    sums_ptr,  # (S,)
-    rows,  # R
-    size,  # S
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    sums = tl.zeros((BLOCK_R, BLOCK_S), tl.float32)
-    for first in range(0, rows, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        mask = (row < rows)[:, None] & (s < size)[None, :]
-        sums += tl.load(partial_ptr + row.to(tl.int64)[:, None] * size + s[None, :], mask=mask, other=0.0)
-    tl.store(sums_ptr + s, tl.sum(sums, axis=0), mask=s < size)
 
 
 @triton.jit
@@ -374,7 +349,7 @@ def through_moments(
         through = tl.where(_kept(seed_ptr, n, place, first, channels, threshold, BLOCK_C), through, 0.0)
         through += own[:, None]
     g = tl.load(g_ptr + at_g, mask=mask, other=0.0).to(tl.float32) + through
-    tl.store(g_ptr + at_g, _rounded(g, g_ptr.dtype.element_ty), mask=mask)
+    tl.store(g_ptr + at_g, rounded(g, g_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -397,7 +372,7 @@ def center_filters(
     for first in range(0, size, BLOCK):
         s = first + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + row * size + s, mask=s < size, other=0.0).to(tl.float32)
-        centered = _rounded(tl.where(s < size, w - mean, 0.0), centered_ptr.dtype.element_ty)
+        centered = rounded(tl.where(s < size, w - mean, 0.0), centered_ptr.dtype.element_ty)
         left += centered.to(tl.float32)
         tl.store(centered_ptr + row * size + s, centered, mask=s < size)
     tl.store(total_ptr + row, total)
@@ -424,4 +399,4 @@ def through_filters(
     for first in range(0, size, BLOCK):
         s = first + tl.arange(0, BLOCK)
         g = tl.load(g_ptr + row * size + s, mask=s < size, other=0.0).to(tl.float32) + shift
-        tl.store(g_weight_ptr + row * size + s, _rounded(g, g_weight_ptr.dtype.element_ty), mask=s < size)
+        tl.store(g_weight_ptr + row * size + s, rounded(g, g_weight_ptr.dtype.element_ty), mask=s < size)

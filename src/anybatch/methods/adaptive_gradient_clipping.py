@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anybatch.dispatch import op
 from anybatch.methods.optimizer_around import OptimizerAround
 from anybatch.methods.parameters import Place, bare, classifier, is_vector, matched, places
 from anybatch.methods.sam import SAM
@@ -19,7 +20,7 @@ from anybatch.suggest import unknown
 
 Exclude = Literal["auto"] | str | Iterable[str]
 
-_LEAST_NORM = 1e-6  # of a gradient by which is divided, as released
+LEAST_NORM = 1e-6  # of a gradient by which is divided, as released
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Clipped:
 
 
 @dataclass(frozen=True)
-class _Units:
+class Units:
     """A parameter and how its units lie in it.
 
     ``groups`` is 0 for a vector; for filters with outputs in dimension 0, None; else, for a transposed convolution's
@@ -77,7 +78,7 @@ class _Units:
     groups: int | None
 
     @classmethod
-    def at(cls, place: Place) -> _Units:
+    def at(cls, place: Place) -> Units:
         module, p = place.module, place.parameter
         if place.key == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and p.dim() < 2:
             raise ValueError(
@@ -89,6 +90,12 @@ class _Units:
         if place.key == "weight" and isinstance(module, nn.modules.conv._ConvTransposeNd):
             return cls(place.name, p, module.groups)
         return cls(place.name, p, None)
+
+    @property
+    def count(self) -> int:
+        """How many units this process has."""
+        p = local(self.parameter)
+        return len(p) if self.groups is None else self.groups * p.shape[1] if self.groups else 1
 
     @property
     def summed(self) -> tuple[int, ...]:
@@ -122,12 +129,12 @@ def _plain(t: Tensor) -> bool:
     return type(t) is Tensor or type(t) is nn.Parameter
 
 
-def _local(t: Tensor) -> Tensor:
+def local(t: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory; others as they are."""
     return t if _plain(t) or not hasattr(t, "to_local") else t.to_local()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _unit_norms(units: list[_Units], tensors: list[Tensor], wide: torch.dtype) -> list[Tensor]:
+def _unit_norms(units: list[Units], tensors: list[Tensor], wide: torch.dtype) -> list[Tensor]:
     """For each tensor the norms of its units, (units,), in the wide type."""
     norms: list[Tensor | None] = [
         None if u.groups == 0 else torch.linalg.vector_norm(u.view(t), dim=u.summed, dtype=wide).flatten()
@@ -138,7 +145,7 @@ def _unit_norms(units: list[_Units], tensors: list[Tensor], wide: torch.dtype) -
     return [next(of_vectors).reshape(1) if norm is None else norm for norm in norms]
 
 
-def _sum_across(units: list[_Units], norms: list[list[Tensor]]) -> None:
+def _sum_across(units: list[Units], norms: list[list[Tensor]]) -> None:
     """Replace norms of units that are split among processes by the norms of the whole; one message a process group."""
     by_group: dict[Any, list[int]] = {}
     for i, u in enumerate(units):
@@ -155,7 +162,7 @@ def _sum_across(units: list[_Units], norms: list[list[Tensor]]) -> None:
 
 
 @torch.no_grad()
-def _clip(units: list[_Units], clip_factor: float, eps: float, grad_scale: Tensor | None = None) -> Clipped:
+def _clip(units: list[Units], clip_factor: float, eps: float, grad_scale: Tensor | None = None) -> Clipped:
     """Clip the gradients of these parameters, which are ``grad_scale`` times too large."""
     moved = [(u, u.parameter.grad) for u in units if u.parameter.grad is not None]
     if not moved:
@@ -169,12 +176,12 @@ def _clip(units: list[_Units], clip_factor: float, eps: float, grad_scale: Tenso
             raise ValueError(f"the gradient of {u.name} is sparse, which has no whole units; exclude {u.name}")
         if not _plain(grad) and any(how.is_partial() for how in getattr(grad, "placements", ())):
             raise ValueError(f"the gradient of {u.name} is not yet summed over processes; clip it after that")
-    kinds: dict[tuple[torch.device, torch.dtype], list[_Units]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[Units]] = {}
     for u, _ in moved:
         p = u.parameter
         wide = torch.float32 if p.dtype == torch.float32 else torch.promote_types(p.dtype, torch.float32)
         kinds.setdefault((p.device, wide), []).append(u)
-    found = [_clip_alike(some, clip_factor, eps, grad_scale, wide) for (_, wide), some in kinds.items()]
+    found = [clip_alike(some, clip_factor, eps, grad_scale, wide) for (_, wide), some in kinds.items()]
     if len(found) == 1:
         return found[0]
     home = found[0].ratios
@@ -186,12 +193,13 @@ def _clip(units: list[_Units], clip_factor: float, eps: float, grad_scale: Tenso
     )
 
 
-def _clip_alike(
-    units: list[_Units], clip_factor: float, eps: float, grad_scale: Tensor | None, wide: torch.dtype
+@op
+def clip_alike(
+    units: list[Units], clip_factor: float, eps: float, grad_scale: Tensor | None, wide: torch.dtype
 ) -> Clipped:
-    """`_clip`, for parameters of one device and one wide type."""
-    grads = [_local(u.parameter.grad) for u in units]  # pyright: ignore[reportArgumentType]
-    norms = [_unit_norms(units, [_local(u.parameter) for u in units], wide), _unit_norms(units, grads, wide)]
+    """Clip the gradients of parameters of one device and one wide type, which are ``grad_scale`` times too large."""
+    grads = [local(u.parameter.grad) for u in units]  # pyright: ignore[reportArgumentType]
+    norms = [_unit_norms(units, [local(u.parameter) for u in units], wide), _unit_norms(units, grads, wide)]
     _sum_across(units, norms)
     sizes = [len(norm) for norm in norms[0]]
     weights, gradients = (torch.cat(some) for some in norms)
@@ -201,7 +209,7 @@ def _clip_alike(
     most = clip_factor * floored
     # What is not finite stays so: a factor of 0 would turn an infinite gradient's finite neighbors into 0.
     over = (gradients > most) & (gradients < torch.inf)
-    factors = torch.where(over, most / gradients.clamp_min(_LEAST_NORM), 1.0)
+    factors = torch.where(over, most / gradients.clamp_min(LEAST_NORM), 1.0)
     parts = list(zip(units, grads, factors.split(sizes), strict=True))
     if factors.device.type == "cpu":  # elsewhere looking would wait for the device
         so_far = torch.cat((torch.zeros(1, dtype=torch.int64), over.cumsum(0)))
@@ -214,7 +222,7 @@ def _clip_alike(
     return Clipped(tuple(u.name for u in units), tuple(sizes), gradients / floored, over)
 
 
-def _beside(u: _Units, view: Tensor, factors: Tensor) -> Tensor:
+def _beside(u: Units, view: Tensor, factors: Tensor) -> Tensor:
     """One factor for each unit, shaped to multiply the gradient's view."""
     if u.groups == 0:
         return factors.reshape(())
@@ -257,7 +265,7 @@ class _Clipper:
 
     def __call__(self, optimizer: Optimizer | None = None) -> Clipped:
         """Clip what the optimizer holds of these parameters, or all."""
-        units = [_Units.at(place) for place in self.places]
+        units = [Units.at(place) for place in self.places]
         scale = None
         if optimizer is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -362,7 +370,7 @@ def adaptive_clip_grad_(
             raise unknown("parameter or layer", name, known)
     return _clip(
         [
-            _Units(name, p, 0 if is_vector(p) else None)
+            Units(name, p, 0 if is_vector(p) else None)
             for name, p in named
             if not {name, name.removesuffix(".weight")} & set(names)
         ],

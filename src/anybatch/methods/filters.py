@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from anybatch import dispatch
+from anybatch.dispatch import op
 from anybatch.methods.common import check_floating, widened
 
 
@@ -28,12 +29,13 @@ class Rule:
     correction: int | None = 0
     place: Literal["inside", "outside", "floor"] = "inside"
 
-    def _divisor(self, size: int) -> int:
+    def divisor(self, size: int) -> int:
+        """What S is divided by."""
         return 1 if self.correction is None else size - self.correction
 
     def scale(self, squared_norm: Tensor, size: int) -> Tensor:
         """The factor s."""
-        v = squared_norm / self._divisor(size)
+        v = squared_norm / self.divisor(size)
         if self.place == "outside":
             # At 0, where the root's gradient is infinite, a constant filter shall get a finite one.
             return 1 / (v.clamp_min(torch.finfo(v.dtype).tiny).sqrt() + self.eps)
@@ -41,7 +43,7 @@ class Rule:
 
     def pull(self, squared_norm: Tensor, size: int, scale: Tensor) -> Tensor:
         """``q = -2 s'(S) / s^2``: by Z = s * centred W a gradient g becomes ``s (g - mean g) - q <g, Z> Z``."""
-        d = self._divisor(size)
+        d = self.divisor(size)
         if self.place == "outside":
             return 1 / (squared_norm * d).sqrt().clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
         return scale / d if self.place == "inside" else scale * (squared_norm >= self.eps)
@@ -143,6 +145,11 @@ class StandardizedFilter(nn.Module):
     bias: Tensor | None  # pyright: ignore[reportIncompatibleVariableOverride] (torch's linear layer says less)
 
     @property
+    def changes_standardized(self) -> bool:
+        """Whether `standardized` is more than what `standardize` gives."""
+        return False
+
+    @property
     def filter_dims(self) -> tuple[int, ...]:
         """Dimensions over which a filter extends in what `by_filter` returns."""
         dims = self.weight.dim()
@@ -174,10 +181,25 @@ class StandardizedFilter(nn.Module):
         # While compiling this must come first, so that nothing of what follows is traced.
         if torch.compiler.is_compiling() or not _reusable(self):
             return self.standardize(self.weight, gain)
+        wanted = torch.is_grad_enabled() and (self.weight.requires_grad or (gain is not None and gain.requires_grad))
+        if wanted and (passing := _SLOTS[self].passing) is not None and passing.state == _state(self.weight):
+            return passing.filter
         kept = _kept(self)
-        if torch.is_grad_enabled() and (self.weight.requires_grad or (gain is not None and gain.requires_grad)):
+        if wanted:
             return _Reused.apply(self.weight, gain, self, kept)  # pyright: ignore[reportReturnType]
         return kept.filter if gain is None else kept.filter * gain
+
+
+@op
+def standardize_together(layers: Sequence[StandardizedFilter]) -> list[Tensor]:
+    """The filters that layers multiply with, each in the shape of its weight: `StandardizedFilter.standardized` of all.
+
+    Kernels make them, and the gradients of all weights, in a few launches.
+
+    Args:
+        layers: Of Weight Standardization or Scaled Weight Standardization.
+    """
+    return [layer.standardized() for layer in layers]
 
 
 @dataclass
@@ -191,13 +213,23 @@ class _Kept:
     layer_norm: bool  # whether torch's backward of layer normalization serves
 
 
+class _Passing(NamedTuple):
+    """A filter of one forward pass, made with all others."""
+
+    filter: Tensor
+    state: tuple[Any, ...]
+
+
 @dataclass
 class _Slot:
     contexts: int = 0
     kept: _Kept | None = None
+    passing: _Passing | None = None
 
 
 _SLOTS: WeakKeyDictionary[StandardizedFilter, _Slot] = WeakKeyDictionary()
+_LAYERS: WeakKeyDictionary[nn.Module, list[StandardizedFilter]] = WeakKeyDictionary()
+"""Of models in the context."""
 _steps = 0
 
 
@@ -221,14 +253,44 @@ def _reusable(layer: StandardizedFilter) -> bool:
     )
 
 
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    # Torch's fused optimizers change a parameter without a new version, hence the count of steps.
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.stride(), _steps
+
+
+def _begin_pass(model: nn.Module, _: Any) -> None:
+    """Make the filters of a forward pass at once, where a kernel does."""
+    if (
+        torch.compiler.is_compiling() or (layers := _LAYERS.get(model)) is None
+    ):  # as in copies, which take the hook along
+        return
+    for layer in layers:
+        _SLOTS[layer].passing = None
+    # Among processes gradients are to be sent while others are still computed, so that layers stay on their own.
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    some = [layer for layer in layers if _reusable(layer) and layer.weight.requires_grad]
+    if not (torch.is_grad_enabled() and alone and some):
+        return
+    if dispatch.explain(standardize_together, some)["reference"] == "runs":
+        return
+    made = standardize_together(some)
+
+    def end(*_: Any) -> None:
+        for layer, filter in zip(some, made, strict=True):
+            if layer in _SLOTS and (passing := _SLOTS[layer].passing) is not None and passing.filter is filter:
+                _SLOTS[layer].passing = None
+
+    for layer, filter in zip(some, made, strict=True):
+        _SLOTS[layer].passing = _Passing(filter, _state(layer.weight))
+    for node in {filter.grad_fn for filter in made}:
+        if node is not None:
+            node.register_hook(end)  # what they are made of is gone behind their backward
+
+
 def _kept(layer: StandardizedFilter) -> _Kept:
     weight, rule, slot = layer.weight, layer.rule(), _SLOTS[layer]
-    # Torch's fused optimizers change a parameter without a new version, hence the count of steps; Lightning's moving
-    # average swaps the weights for an evaluation by way of .data, hence the mode.
-    key = (
-        *(weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.stride()),
-        *(rule, layer.training, _steps),
-    )
+    # Lightning's moving average swaps the weights for an evaluation by way of .data, hence the mode.
+    key = (*_state(weight), rule, layer.training)
     if slot.kept is None or slot.kept.key != key:
         slot.kept = None  # free it before the next is made
         with torch.inference_mode(False), torch.no_grad():
@@ -292,10 +354,11 @@ class _Reused(torch.autograd.Function):
 def reuse_filters(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Within this context the model's layers standardize a filter once and use it until their weight changes.
 
-    So once per step of the optimizer, however many batches it accumulates, and once per evaluation. Values and
-    gradients are those without the context. For layers of Weight Standardization and Scaled Weight Standardization;
-    not while compiling or exporting, under ``torch.func``, or with a backend chosen by name, where each call computes
-    anew.
+    So once per step of the optimizer, however many batches it accumulates, and once per evaluation. Where a kernel
+    makes the filters of all layers at once (`standardize_together`), each forward pass of the model begins with it, and
+    the gradients of all weights come at the end of backward. Values and gradients are those without the context. For
+    layers of Weight Standardization and Scaled Weight Standardization; not while compiling or exporting, under
+    ``torch.func``, or with a backend chosen by name, where each call computes anew.
 
     A weight has changed after the step of any torch optimizer, after any operation in place that autograd can see
     (``load_state_dict``, ``with torch.no_grad(): p.mul_(2)``), and when it, or the layer's mode, is another. Writing
@@ -317,15 +380,23 @@ def reuse_filters(model: nn.Module) -> Iterator[Callable[[], None]]:
         _SLOTS.setdefault(layer, _Slot()).contexts += 1
     counting = register_optimizer_step_post_hook(_count_step)
 
+    beginning = None
+    if layers and model not in _LAYERS:
+        _LAYERS[model] = layers
+        beginning = model.register_forward_pre_hook(_begin_pass)
+
     def forget() -> None:
         for layer in layers:
             if layer in _SLOTS:
-                _SLOTS[layer].kept = None
+                _SLOTS[layer].kept = _SLOTS[layer].passing = None
 
     try:
         yield forget
     finally:
         counting.remove()
+        if beginning is not None:
+            beginning.remove()
+            del _LAYERS[model]
         for layer in layers:
             _SLOTS[layer].contexts -= 1
             if not _SLOTS[layer].contexts:

@@ -111,9 +111,13 @@ class _WeightStandardized(StandardizedFilter):
         filters = self.by_filter(weight)
         return self.as_weight(weight_standardize(filters, eps=self.eps, variant=self.variant, dim=self.filter_dims))
 
+    @property
+    def changes_standardized(self) -> bool:
+        return self.variant == "aws"
+
     def standardized(self) -> Tensor:
         made = super().standardized()
-        if self.variant != "aws":
+        if not self.changes_standardized:
             return made
         return self.as_weight(self.by_filter(made) * self.weight_gamma + self.weight_beta)
 
