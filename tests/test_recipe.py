@@ -60,6 +60,7 @@ OTHER = {
     "train.accelerator": "cpu",
     "train.precision": "bf16-mixed",
     "train.channels_last": True,
+    "train.compile": "default",
     "train.label_smoothing": 0.1,
     "train.ema": 0.99,
     "train.ema_warmup": True,

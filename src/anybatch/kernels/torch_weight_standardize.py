@@ -17,22 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.kernels.activations import refused_tracing
-from anybatch.kernels.compiled import helper
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.common import widened
-from anybatch.methods.filters import Rule, as_rows, from_rows, standardized_rows
+from anybatch.methods.filters import Rule, as_rows, from_rows, pulled_rows, standardized_rows
 from anybatch.methods.scaled_weight_standardization import filter_rule, scaled_weight_standardize
 from anybatch.methods.weight_standardization import VARIANTS, variant_rule, weight_standardize
-
-
-@helper
-def _pulled(rows: Tensor, g: Tensor, mean: Tensor, scale: Tensor, pull: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the rows, (O, S), and of their gains, (O, 1)."""
-    centred = rows - mean
-    along = (g * centred).sum(1, keepdim=True) * scale  # <g, Z>
-    own = scale * gain
-    pulled = torch.addcmul(-own * g.mean(1, keepdim=True), centred, pull * along * own, value=-1)
-    return torch.addcmul(pulled, g, own), along
 
 
 class _Standardize(torch.autograd.Function):
@@ -50,14 +39,9 @@ class _Standardize(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient that is differentiated again
             return *recomputed_gradients(ctx.reference, (weight, gain), gradient), None, None
         rows, g = widened(as_rows(weight)), widened(as_rows(gradient, like=weight))  # pyright: ignore[reportArgumentType]
-        if pull is None and gain is None:
-            shape = (rows.shape[1],)
-            backward = torch.ops.aten.native_layer_norm_backward
-            pulled = backward(g, rows, shape, mean, scale, None, None, (True, False, False))[0]
-            return from_rows(pulled.to(weight.dtype), weight), None, None, None
-        gain_o1 = torch.ones_like(scale) if gain is None else gain.reshape(-1, 1).to(rows.dtype)
-        pulled, along = _pulled(rows, g, mean, scale, scale / rows.shape[1] if pull is None else pull, gain_o1)
-        to_gain = None if gain is None else along.to(gain.dtype).reshape(gain.shape)
+        gain_o1 = None if gain is None else gain.reshape(-1, 1).to(rows.dtype)
+        pulled, along = pulled_rows(g, rows, mean, scale, pull, gain_o1)
+        to_gain = None if gain is None or along is None else along.to(gain.dtype).reshape(gain.shape)
         return from_rows(pulled.to(weight.dtype), weight), to_gain, None, None
 
 

@@ -121,6 +121,7 @@ class Rows:
     """None where torch's backward of layer normalization is the rule's own."""
 
 
+@op
 def standardized_rows(rows: Tensor, rule: Rule, gain: Tensor | None = None) -> Rows:
     """`standardized` of rows in float32 or wider, times a gain (O, 1), in one pass or two."""
     size = rows.shape[1]
@@ -133,6 +134,31 @@ def standardized_rows(rows: Tensor, rule: Rule, gain: Tensor | None = None) -> R
     factor = scale / rstd
     made = made.mul_(factor if gain is None else factor * gain)
     return Rows(made, mean, scale, rule.pull(squared_norm, size, scale))
+
+
+@op
+def pulled_rows(
+    gradient: Tensor, values: Tensor, mean: Tensor | None, scale: Tensor, pull: Tensor | None, gain: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the rows that `standardized_rows` took, (O, S), and of their gains, (O, 1), where they have any.
+
+    Args:
+        gradient: Of what it made, (O, S), as ``values``.
+        values: What it took; or, without ``mean``, what it made without a gain.
+        mean: As it gave it; so are ``scale`` and ``pull``.
+        scale: (O, 1).
+        pull: (O, 1), or None, for which torch's backward of layer normalization takes the rows themselves.
+        gain: (O, 1), or None for 1.
+    """
+    if pull is None and gain is None:
+        backward = torch.ops.aten.native_layer_norm_backward
+        return backward(gradient, values, (values.shape[1],), mean, scale, None, None, (True, False, False))[0], None
+    z = values if mean is None else (values - mean) * scale
+    along = (gradient * z).sum(1, keepdim=True)  # <g, Z>
+    pull = scale / values.shape[1] if pull is None else pull
+    own, pull = (scale, pull) if gain is None else (scale * gain, pull * gain)
+    pulled = torch.addcmul(-own * gradient.mean(1, keepdim=True), gradient, own).addcmul_(z, pull * along, value=-1)
+    return pulled, None if gain is None else along
 
 
 class StandardizedFilter(nn.Module):
@@ -209,8 +235,8 @@ class _Kept:
     key: tuple[Any, ...]
     weight: Tensor  # keeps its memory from being another's, whose address would be the same
     filter: Tensor
-    for_backward: tuple[Tensor, ...]
-    layer_norm: bool  # whether torch's backward of layer normalization serves
+    for_backward: tuple[Tensor | None, ...]
+    rows: bool  # whether `pulled_rows` serves
 
 
 class _Passing(NamedTuple):
@@ -303,25 +329,28 @@ def _computed(layer: StandardizedFilter, weight: Tensor, rule: Rule, key: tuple[
         # What the kernels "torch" run, of which torch's backward is one pass.
         done = standardized_rows(widened(rows), rule)
         made = from_rows(done.made.to(weight.dtype), weight)
-        if done.pull is None and weight.dtype.itemsize >= 4:
-            return _Kept(key, weight, made, (done.mean, done.scale), layer_norm=True)
+        if weight.dtype.itemsize >= 4:
+            # Of what was made where its own pull is known: it outlives a step that changes the weight.
+            mean = done.mean if done.pull is None else None
+            return _Kept(key, weight, made, (mean, done.scale, done.pull), rows=True)
         per_filter = (-1, *(1 for _ in weight.shape[1:]))
         pull = done.scale / rows.shape[1] if done.pull is None else done.pull
-        return _Kept(key, weight, made, (done.scale.reshape(per_filter), pull.reshape(per_filter)), layer_norm=False)
+        return _Kept(key, weight, made, (done.scale.reshape(per_filter), pull.reshape(per_filter)), rows=False)
     dim, filters = layer.filter_dims, layer.by_filter(weight)
     size = _fan_in(filters, dim)
     centred, squared_norm = _centred(filters, dim)
     scale = rule.scale(squared_norm, size)
     made = layer.as_weight((centred * scale).to(weight.dtype))
-    return _Kept(key, weight, made, (scale, rule.pull(squared_norm, size, scale)), layer_norm=False)
+    return _Kept(key, weight, made, (scale, rule.pull(squared_norm, size, scale)), rows=False)
 
 
 class _Reused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor | None, layer: StandardizedFilter, kept: _Kept) -> Tensor:
-        ctx.layer, ctx.layer_norm = layer, kept.layer_norm
+        ctx.layer, ctx.rows = layer, kept.rows
         ctx.weight, ctx.version = weight, weight._version
-        ctx.save_for_backward(gain, weight if kept.layer_norm else kept.filter, *kept.for_backward)
+        of_weight = kept.rows and kept.for_backward[0] is not None
+        ctx.save_for_backward(gain, weight if of_weight else kept.filter, *kept.for_backward)
         # Without a gain a view, since the graph is hung on what is returned and not on what is kept.
         return kept.filter.view_as(kept.filter) if gain is None else kept.filter * gain
 
@@ -334,12 +363,10 @@ class _Reused(torch.autograd.Function):
                 raise RuntimeError("a filter was changed in place before its gradient's graph was made")
             inputs = (ctx.weight,) if gain is None else (ctx.weight, gain)
             return *torch.func.vjp(layer.standardize, *inputs)[1](gradient), *([None] * (4 - len(inputs)))
-        if ctx.layer_norm:
+        if ctx.rows:
             rows, given = as_rows(values), as_rows(gradient, like=values)
-            shape = (values[0].numel(),)
-            backward = torch.ops.aten.native_layer_norm_backward
-            pulled = backward(given, rows, shape, *factors, None, None, (True, False, False))[0]
-            return from_rows(pulled, values), None, None, None
+            pulled, along = pulled_rows(given, rows, *factors, None if gain is None else gain.reshape(-1, 1))
+            return from_rows(pulled, values), None if along is None else along.view_as(gain), None, None
         dim, (scale, pull) = layer.filter_dims, factors
         g, z = widened(layer.by_filter(gradient)), widened(layer.by_filter(values))
         along = (g * z).sum(dim, keepdim=True)
