@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 import anybatch
 from anybatch import layers
 from anybatch.convert import fold, freeze_batchnorm
+from anybatch.methods.filters import StandardizedFilter
 from anybatch.models import list_models, model_entry
+from anybatch.models.counts import counts
 from anybatch.models.named import model_named
 from helpers import assert_error_within, error
 
@@ -293,28 +295,21 @@ def test_formats_dtypes_and_devices_stay() -> None:
     assert fold(model.to("meta")).get_parameter("0.weight").device.type == "meta"
 
 
-def first_of_each_family() -> list[str]:
+def least_of_each_family() -> list[str]:
     found: dict[str, str] = {}
-    for name in list_models():
+    for name in sorted(list_models(), key=lambda name: counts()[name]["multiply_adds"]):
         found.setdefault(model_entry(name).family, name)
-    small = {"ConvNeXt": "convnext_tiny", "PreAct-ResNet": "preact_resnet14", "ResNet": "resnet14", "NFNet": "nfnet_f0"}
-    small |= {"ResNeXt": "resnext50_32x4d", "Wide ResNet": "wide_resnet50_2", "DenseNet": "densenet40_12"}
-    return [small.get(family, name) for family, name in found.items()]
+    return list(found.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", first_of_each_family())
-def test_every_family(name: str) -> None:
-    own = model_entry(name).scheme
-    for scheme in dict.fromkeys((own, "bn", "ws+bn")):
-        try:
-            model = randomized(anybatch.create_model(name, scheme), torch.float32)
-        except ValueError:
-            assert scheme != own
-            continue
-        assert fold(model, return_report=True)[1].folded or own.startswith(("pn", "gn", "dyt"))
-        size = min(model_entry(name).size, 96)
-        assert_same(model.double(), fold(model.double()), torch.randn(2, 3, size, size).double(), relative=1e-9)
+@pytest.mark.parametrize("name", least_of_each_family())
+def test_every_family_with_its_own_scheme(name: str) -> None:
+    model = randomized(anybatch.create_model(name))
+    folded, report = fold(model, return_report=True)
+    standardized = [m for m in model.modules() if isinstance(m, StandardizedFilter | layers.KNConv2d)]
+    assert len(standardized) == sum(told in ("standardized", "centered") for told in report.folded.values())
+    assert_same(model, folded, torch.randn(1, 3, 96, 96, dtype=torch.float64), relative=1e-9)
 
 
 @pytest.mark.parametrize(
