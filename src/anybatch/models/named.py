@@ -28,12 +28,10 @@ FORMS = (
 )
 
 
-@dataclass(frozen=True)
-class Named:
-    """A network and what is known of it; None or empty where nothing is."""
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a network; None or empty where nothing is."""
 
-    model: nn.Module
-    """In evaluation mode on the CPU."""
     name: str
     """The text that named it."""
     task: Task
@@ -55,6 +53,14 @@ class Named:
     """Of the run that trained it."""
     trained: bool = False
     """Whether its weights were read, and not drawn at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Facts):
+    """A network and what is known of it."""
+
+    model: nn.Module
+    """In evaluation mode on the CPU, as `model_named` gives it."""
 
 
 def model_named(
@@ -127,7 +133,7 @@ def stored(text: str | Path) -> Named:
     folder = path.parent if path.name == hub.WEIGHTS else path
     if name.startswith(hub.ON_HUB) or (folder / hub.CONFIG).is_file():
         model = Network.from_pretrained(name if name.startswith(hub.ON_HUB) else folder)
-        return _of_network(model, name, trained=True)
+        return described(model, name, trained=True)
     if path.suffix in (".onnx", ".pt2"):
         raise ValueError(f"{name} is an exported network, which anybatch predict runs; give one that it was made from")
     if path.is_file() and path.name != hub.WEIGHTS:
@@ -137,11 +143,11 @@ def stored(text: str | Path) -> Named:
     model, facts = checkpoint.load_model(folder)
     normalized = not any(facts.mean) and facts.recipe["data"].get("normalize") is None
     return Named(
-        model,
-        name,
-        "classification",
-        (facts.in_chans, facts.size, facts.size),
-        tuple(facts.classes),
+        model=model,
+        name=name,
+        task="classification",
+        input_size=(facts.in_chans, facts.size, facts.size),
+        classes=tuple(facts.classes),
         mean=None if normalized else tuple(facts.mean),
         std=None if normalized else tuple(facts.std),
         architecture=model.default_cfg["architecture"],
@@ -151,12 +157,25 @@ def stored(text: str | Path) -> Named:
     )
 
 
-def _of_network(model: Network, name: str, *, trained: bool) -> Named:
+def described(model: nn.Module, name: str = "", *, trained: bool = False) -> Named:
+    """A network with what it tells of itself, which one of `create_model` does."""
+    if not isinstance(model, Network) or not hasattr(model, "default_cfg"):
+        return Named(model=model, name=name or type(model).__name__, task="unknown", trained=trained)
     cfg = model.default_cfg
-    task: Task = "segmentation" if model.dense else "classification" if model.num_classes else "features"
-    images = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    size, made = tuple(cfg["input_size"]), {"architecture": cfg["architecture"], "scheme": cfg["scheme"]}
-    return Named(model, name, task, size, _numbered(model.num_classes), **images, **made, trained=trained)
+    return Named(
+        model=model,
+        name=name or cfg["architecture"],
+        task="segmentation" if model.dense else "classification" if model.num_classes else "features",
+        input_size=tuple(cfg["input_size"]),
+        classes=_numbered(model.num_classes),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=cfg["interpolation"],
+        crop_pct=cfg["crop_pct"],
+        architecture=cfg["architecture"],
+        scheme=cfg["scheme"],
+        trained=trained,
+    )
 
 
 def _numbered(classes: int) -> tuple[str, ...]:
@@ -175,7 +194,7 @@ def _of_registry(name: str, scheme: str | None, weights: str | Path | None, aske
     )
     if weights is not None:
         load_weights(model, weights, classifier="adapt" if classes is None else "load")
-    return _of_network(model.eval(), name, trained=weights is not None)
+    return described(model.eval(), name, trained=weights is not None)
 
 
 def _of_timm(text: str, **asked: Any) -> Named:
@@ -190,11 +209,11 @@ def _of_timm(text: str, **asked: Any) -> Named:
     cfg, classes = model.default_cfg, int(getattr(model, "num_classes", 0))
     chans = asked.get("in_chans", cfg["input_size"][0])
     return Named(
-        model,
-        text,
-        "classification" if classes else "features",
-        (chans, *cfg["input_size"][1:]),
-        _numbered(classes),
+        model=model,
+        name=text,
+        task="classification" if classes else "features",
+        input_size=(chans, *cfg["input_size"][1:]),
+        classes=_numbered(classes),
         mean=tuple(cfg["mean"]) if len(cfg["mean"]) == chans else None,
         std=tuple(cfg["std"]) if len(cfg["std"]) == chans else None,
         interpolation=cfg["interpolation"],
@@ -230,12 +249,15 @@ def _of_torchvision(text: str, **asked: Any) -> Named:
     categories = known.meta.get("categories", ())
     classes = asked.get("num_classes", len(categories))
     mean, std = (getattr(meant, key, None) for key in ("mean", "std"))
+    meant_for = (
+        (3, *(clip if task == "video" else []), *side) if side else (3, 320, 320) if task == "detection" else None
+    )
     return Named(
-        model,
-        text,
-        task,
-        (3, *(clip if task == "video" else []), *side) if side else (3, 320, 320) if task == "detection" else None,
-        tuple(categories) if classes == len(categories) else _numbered(classes),
+        model=model,
+        name=text,
+        task=task,
+        input_size=meant_for,
+        classes=tuple(categories) if classes == len(categories) else _numbered(classes),
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
         interpolation=getattr(getattr(meant, "interpolation", None), "value", "bilinear"),
@@ -275,7 +297,7 @@ def _of_file(text: str) -> Named:
         model = made()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} returned a {type(model).__name__}, and must return a torch.nn.Module")
-    return Named(model, text, "unknown")
+    return described(model, text)
 
 
 @contextmanager
