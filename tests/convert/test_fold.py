@@ -157,6 +157,14 @@ def test_centered_filters_of_kernel_normalization(eval_stats: Any, groups: int, 
             assert_same(model, folded, x)
     assert_same(model.float(), folded.float(), x.float(), relative=1e-5)
     assert "centered=True" in repr(folded)
+    inputs = [x.float().requires_grad_(True) for _ in range(2)]
+    for net, images in zip((model, folded), inputs, strict=True):
+        net(images).square().sum().backward()
+    exact, through = inputs[0].grad, inputs[1].grad
+    assert exact is not None
+    assert through is not None
+    assert_error_within(through, exact, 1e-4 * exact.abs().max().item())
+    model.zero_grad()
     folded.requires_grad_(True)  # trained further it centers again
     model.requires_grad_(True)
     for net in (model, folded):
@@ -333,6 +341,13 @@ def test_networks_of_torchvision_and_timm(name: str, size: tuple[int, ...], rema
     folded, report = fold(model, return_report=True)
     assert left(folded) == remaining == len(report.left)
     assert_same(model, folded, torch.randn(2, *size, dtype=torch.float64), relative=1e-9)
+
+
+def test_a_feature_pyramid() -> None:
+    model = randomized(anybatch.create_model("resnet8", "bn", features_only=True))
+    folded, report = fold(model, return_report=True)
+    assert (left(folded), report.left) == (0, {})
+    assert_same(model, folded, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
 def test_a_detector_s_backbone_is_folded() -> None:

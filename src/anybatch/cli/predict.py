@@ -105,6 +105,8 @@ def predict(
                 err.print(f"skipped: {error}", style="yellow", markup=False, soft_wrap=True)
                 continue
             chances = network(x[None]).softmax(1)[0]
+            if len(chances) != len(classes):
+                raise UserError(f"{run} names {len(classes)} classes and tells {len(chances)} apart")
             best = chances.topk(min(top, len(classes)))
             likely = [
                 {"class": classes[i], "probability": p}

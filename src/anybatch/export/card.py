@@ -48,6 +48,6 @@ class Card(Facts):
             raise ValueError(f"the card is damaged: {' '.join(str(error).split())}") from None
         if not isinstance(card.classes, tuple) or not all(isinstance(name, str) for name in card.classes):
             raise ValueError(f"the card is damaged: classes must be texts, got {card.classes!r}")
-        if card.mean is not None:
+        if card.task == "classification" and card.mean is not None:
             check_images(dataclasses.asdict(card))
         return card

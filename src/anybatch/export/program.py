@@ -239,7 +239,7 @@ def _loaded(content: bytes, target: Path) -> Run:
 def _checked(content: bytes, target: Path, model: nn.Module, x: Tensor, card: Card) -> float:
     """The largest relative error, or a `CheckError`."""
     run = _loaded(content, target)
-    shapes = [(n, *x.shape[1:]) for n in BATCHES]
+    shapes: list[tuple[int, ...]] = [(n, *x.shape[1:]) for n in BATCHES]
     if card.dynamic_size:
         shapes.append(_other_size(x.shape))
     found: dict[str, float] = {}
