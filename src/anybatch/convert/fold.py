@@ -239,7 +239,7 @@ def _takes(module: nn.Module) -> bool:
     kind = next((kind for kind in type(module).__mro__ if kind in _PLAIN), None)
     if kind is None:
         return False
-    if type(module).__name__ == "Conv2dSame":  # timm's, which pads first
+    if type(module).__module__ == "timm.layers.conv2d_same":  # which pads first
         return True
     own = ("forward", "_conv_forward") if issubclass(kind, _CONVS) else ("forward",)
     return all(getattr(type(module), name) is getattr(kind, name) for name in own)
