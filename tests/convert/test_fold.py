@@ -293,6 +293,14 @@ def test_in_place_changes_the_network_itself_and_training_mode_is_refused() -> N
         fold(lazy)
 
 
+def test_what_cannot_be_folded_is_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model.seen = model[0].weight * 2  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="the model cannot be copied: Only Tensors created explicitly"):
+        fold(model)
+    assert left(fold(model, inplace=True)) == 0
+
+
 def test_formats_dtypes_and_devices_stay() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     folded = fold(model.to(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]

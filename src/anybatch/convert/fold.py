@@ -76,7 +76,7 @@ def fold(
         The folded network, whose parameters ask for no gradients; with ``return_report`` that and a `FoldReport`.
 
     Raises:
-        ValueError: If the model is in training mode, or a lazy layer has seen no input yet.
+        ValueError: If the model is in training mode, a lazy layer has seen no input yet, or it cannot be copied.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
     >>> fold(model)
@@ -87,41 +87,53 @@ def fold(
     )
     """
     model = bare(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is compiled to TorchScript; give the module that it was made from")
     if model.training:
         raise ValueError("the model is in training mode, where BatchNorm takes statistics of the batch; call eval()")
     if lazy := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]:
         raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     report = FoldReport()
     graphs = Graphs(model)
     for name, module in model.named_modules():
         if isinstance(module, _KNConv):
-            _told(report, name, _center(module), "centered")
+            reason, done = _center(module), "centered"
         elif (made := _standardized(module)) is not None:
-            _told(report, name, made if isinstance(made, str) else _bake(module, made), "standardized")
-    started = [name for name, module in model.named_modules() if isinstance(module, _BatchChannelNorm)]
-    for name, module in list(model.named_modules()):
-        if not _is_constant(module) or (name.endswith(".bn") and name[:-3] in started):
+            reason, done = made if isinstance(made, str) else _bake(module, made), "standardized"
+        else:
+            continue
+        if reason is None:
+            report.folded[name] = done
+        else:
+            report.left[name] = reason
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    inner = {module.bn for module in modules.values() if isinstance(module, _BatchChannelNorm)}
+    for name, module in modules.items():
+        if not _is_constant(module) or module in inner:
             continue
         layer = _feeding(graphs, module)
         reason = layer if isinstance(layer, str) else _join(layer, module)
-        _told(report, name, reason, f"folded into {_name(model, layer)}")
-        if reason is None:
-            _replace(model, module, _behind(module, isinstance(layer, nn.Linear)))
+        if isinstance(layer, str) or reason is not None:
+            report.left[name] = str(reason)
+            continue
+        report.folded[name] = f"folded into {names[layer]}"
+        _place(model, places[module], _behind(module, isinstance(layer, nn.Linear)))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return (model, report) if return_report else model
 
 
-def _told(report: FoldReport, name: str, reason: str | None, done: str) -> None:
-    if reason is None:
-        report.folded[name] = done
-    else:
-        report.left[name] = reason
-
-
-def _name(model: nn.Module, wanted: nn.Module | str) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def copied(model: nn.Module) -> nn.Module:
+    """A copy; a `ValueError` where there is none, as of a model that holds a tensor of a graph."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # of whatever the model holds
+        raise ValueError(f"the model cannot be copied: {' '.join(str(error).split())[:200]}") from None
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -293,8 +305,8 @@ def _behind(norm: nn.Module, rows: bool) -> nn.Module:
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
-    for name in places:
+def _place(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    module.eval()
+    for name in names:
         parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, new.train(False))
+        setattr(model.get_submodule(parent), key, module)

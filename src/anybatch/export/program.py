@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import convert
+from anybatch.convert.fold import copied
 from anybatch.export.card import KEY, Card
 from anybatch.export.runtime import EXTRA, Run, onnx_runner, relative_error, tensors
 from anybatch.files import write_file
@@ -140,7 +140,7 @@ def _checked_network(named: Named) -> nn.Module:
         raise ValueError(f"{named.name} is on the meta device, without values")
     if others := {str(t.dtype).removeprefix("torch.") for t in held if t.is_floating_point()} - {"float32"}:
         raise ValueError(f"{named.name} has tensors of {' and '.join(sorted(others))}; call float() before")
-    return copy.deepcopy(model).cpu()
+    return copied(model).cpu()
 
 
 def _image_shape(facts: Facts, size: Sequence[int] | int | None) -> tuple[int, ...]:
