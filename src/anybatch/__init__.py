@@ -41,6 +41,7 @@ def __getattr__(name: str) -> Any:
         "bench",
         "convert",
         "data",
+        "export",
         "functional",
         "layers",
         "models",

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anybatch
 from anybatch import layers
-from anybatch.dispatch import backend
+from anybatch.dispatch import backend, explain
 from anybatch.functional import kn_conv
 from anybatch.methods.kernel_norm import dropout_mask
 from anybatch.models.blocks import Pieces
-from helpers import error, saved_tensors
+from helpers import assert_error_within, error, saved_tensors
 
 KINDS = (layers.KNConv1d, layers.KNConv2d, layers.KNConv3d)
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -672,3 +672,20 @@ def convs_of(model: nn.Module) -> list[layers.KNConv2d]:
 def test_refusals_of_the_part(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         anybatch.scheme(spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["reference", *(kernel.backend for kernel in kn_conv.kernels)])
+def test_filters_that_are_centered_need_not_be_centered_again(name: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 4, 7, 6, dtype=dtype) + 3, torch.randn(5, 4, 3, 3)
+    weight -= weight.mean((1, 2, 3), keepdim=True)
+    if name != "reference" and explain(kn_conv, x, weight, None, 1, 1, centered=True)[name] not in (
+        "runs",
+        "could run",
+    ):
+        pytest.skip(f"{name} does not run here")
+    seed = torch.tensor(5)
+    with backend(name):
+        for how in ({}, {"p": 0.2, "seed": seed, "activation": "relu"}):
+            wanted, got = (kn_conv(x, weight, None, 1, 1, centered=centered, **how) for centered in (False, True))
+            assert_error_within(got, wanted, 2e-2 if dtype == torch.bfloat16 else 1e-5)

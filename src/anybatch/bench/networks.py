@@ -1,10 +1,9 @@
-"""Whole training steps, and networks in evaluation."""
+"""Whole training steps, and networks in evaluation, which are folded."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from anybatch.bench.cell import Cell, Checked, Variant, compared, graphed, in_mode, without_randomness
 from anybatch.bench.choice import Net, Settings
 from anybatch.bench.timing import Work
+from anybatch.convert import fold
 from anybatch.dispatch import backend
 from anybatch.measure import saved_bytes
-from anybatch.methods.filters import reuse_filters
 from anybatch.schemes import scheme as parse_scheme
 
 
@@ -107,10 +106,9 @@ def inference_cells(chosen: Settings) -> Iterator[Cell]:
 def _inference_variant(
     chosen: Settings, net: Net, spec: str, mode: str, batch_size: int, layout: str, *, baseline: bool = False
 ) -> Variant:
-    model = chosen.placed(net.build(spec, baseline=baseline), layout).eval()
+    # The baseline too: a network that serves has nothing to compute anew.
+    model = fold(chosen.placed(net.build(spec, baseline=baseline), layout).eval(), inplace=True)
     x = chosen.images(batch_size, 3, net.size, layout, torch.float32)
-    kept = ExitStack()
-    kept.enter_context(reuse_filters(model))
     call = in_mode(model, mode)
 
     def run() -> None:
@@ -118,4 +116,4 @@ def _inference_variant(
             call(x)
 
     check = None if baseline or mode == "graph" else partial(_net_check, chosen, model, mode, x)
-    return Variant(Work(graphed(run, mode)), check, images=batch_size, resources=kept)
+    return Variant(Work(graphed(run, mode)), check, images=batch_size)

@@ -15,6 +15,7 @@ from anybatch import __version__
 from anybatch.suggest import listed_in
 
 if TYPE_CHECKING:
+    from anybatch.models.named import Named
     from anybatch.recipe import Recipe
 
 app = typer.Typer(
@@ -136,6 +137,16 @@ def recipe_from(
     if own_scheme and name != default.name and "scheme" not in default.model_fields_set:
         changes.setdefault("model.scheme", model_entry(name).scheme)
     return recipe.replace(changes)
+
+
+def named_model(text: str, **how: Any) -> Named:
+    """As `anybatch.models.named.model_named`; a library that is not installed is a mistake of the user's here."""
+    from anybatch.models.named import model_named
+
+    try:
+        return model_named(text, **how)
+    except ImportError as error:
+        raise UserError(str(error)) from None
 
 
 def key_values(items: list[str] | None, option: str, example: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Commands that run recipes: compare, train, eval, predict."""
+"""Commands that run recipes: compare, train, eval."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from anybatch.cli.common import (
     Accumulate,
@@ -37,11 +35,7 @@ from anybatch.cli.common import (
 from anybatch.suggest import listed_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from anybatch.models import Network
+    pass
 
 
 @app.command()
@@ -307,90 +301,3 @@ def evaluate(
         print_json({"error": error, "loss": loss, "images": len(split.val), "data": split.name})
     else:
         out_console.print(f"error {100 * error:.2f} %, loss {loss:.4f} on {len(split.val)} images", highlight=False)
-
-
-def _image_files(folder: Path) -> list[Path]:
-    from anybatch.data import SUFFIXES
-
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-
-
-def _predictor(run: Path) -> tuple[Network, list[str], Callable[[Path], Tensor]]:
-    """A network, the names of its classes, and what brings an image file to it."""
-    import torch
-
-    from anybatch import checkpoint
-    from anybatch import data as datasets
-    from anybatch.models import Network, hub, transforms
-
-    if str(run).startswith(hub.ON_HUB) or (run / hub.CONFIG).is_file():
-        try:
-            model = Network.from_pretrained(str(run))
-        except ImportError as error:  # of huggingface_hub
-            raise UserError(str(error)) from None
-        if model.dense or not model.num_classes:
-            raise UserError(f"{run} holds a network that tells no images apart: {model.default_cfg['architecture']}")
-        bring, dtype = transforms(model), next(model.parameters()).dtype
-        names = [str(i) for i in range(model.num_classes)]
-        return model, names, lambda file: bring(datasets.open_image(file, model.in_chans)).to(dtype)
-    model, facts = checkpoint.load_model(run)
-    if not any(facts.mean) and facts.recipe["data"].get("normalize") is None:
-        raise UserError(
-            f"{run} was trained on images that come normalized ({facts.recipe['data']['name']}), a form to which image "
-            f"files cannot be brought; train on image files or uint8 arrays to predict"
-        )
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (facts.mean, facts.std))
-    return model, facts.classes, lambda file: (datasets.load_image(file, facts.size, facts.in_chans) / 255 - mean) / std
-
-
-@app.command()
-def predict(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder that anybatch train or save_pretrained wrote, or hf-hub:SOMEONE/SOMETHING, by push_to_hub."
-        ),
-    ],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
-    skip_bad: SkipBad = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Classes of images and their probabilities.
-
-    What save_pretrained or push_to_hub wrote has no names of classes: they are numbers then.
-    """
-    import torch
-
-    from anybatch.methods.filters import reuse_filters
-
-    model, classes, prepare = _predictor(run)
-    files = [file for path in images for file in (_image_files(path) if path.is_dir() else [path])]
-    if not files:
-        raise UserError(f"no image files in {', '.join(map(str, images))}")
-    found: list[dict[str, Any]] = []
-    with torch.inference_mode(), reuse_filters(model):
-        for file in files:
-            try:
-                x = prepare(file)
-            except ValueError as error:
-                if not skip_bad:
-                    raise
-                err.print(f"skipped: {error}", style="yellow", markup=False, soft_wrap=True)
-                continue
-            chances = model(x[None]).softmax(1)[0]
-            best = chances.topk(min(top, len(classes)))
-            likely = [
-                {"class": classes[i], "probability": p}
-                for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            ]
-            found.append({"file": str(file), "classes": likely})
-    if as_json:
-        print_json({"images": found})
-        return
-    table = Table("image", "classes", box=None)
-    for item in found:
-        classes = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in item["classes"])
-        table.add_row(escape(item["file"]), escape(classes))
-    out_console.print(table)

@@ -23,7 +23,7 @@ from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.kn_stages import Filters, Normalized, Stages
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.recompute import recomputed_gradients
-from anybatch.methods.kn_conv import check_residual, convolve, filter_windows, kn_conv
+from anybatch.methods.kn_conv import check_centered, check_residual, convolve, filter_windows, kn_conv
 from anybatch.methods.windows import Padding, Sizes, Windows
 
 STAGES: dict[str, type[Stages]] = {"fused": Stages}
@@ -46,6 +46,7 @@ def refusal(
     eps: float = 1e-5,
     activation: str = "none",
     residual: Tensor | None = None,
+    centered: bool = False,
     traced: bool = False,
 ) -> str | None:
     """Why the stages cannot take the arguments; ``traced`` where what traces them sees one operator."""
@@ -81,10 +82,13 @@ def normalized_conv(
     p: float,
     eps: float,
     relu: bool,
+    centered: bool = False,
 ) -> tuple[Filters, Normalized]:
     """The filters as they were convolved, and the result with what backward needs of how it came about."""
     pixels = stages.pixels(x, p, seed)
-    filters = stages.filters(weight, x.dtype)
+    # Half precision rounds what was centered, and its sum is needed.
+    constant = centered and weight.dtype == x.dtype and x.dtype.itemsize >= 4
+    filters = Filters(weight, weight.new_zeros(len(weight)), None) if constant else stages.filters(weight, x.dtype)
     z = convolve(x, filters.centered, at, 1)
     if residual is not None:
         check_residual(residual, z.shape)
@@ -152,8 +156,9 @@ class _KNConv(torch.autograd.Function):
         p: float,
         eps: float,
         relu: bool,
+        centered: bool,
     ) -> Tensor:
-        filters, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu)
+        filters, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu, centered)
         ctx.stages, ctx.call, ctx.at, ctx.p, ctx.relu = stages, call, at, p, relu
         kept = filters if stages.keeps_filters else (None, filters.total if stages.pulls_by_weight else None, None)
         ctx.save_for_backward(x, weight, bias, residual, seed, *kept, *done)
@@ -173,10 +178,10 @@ class _KNConv(torch.autograd.Function):
             ) from error
         tensors = (x, weight, bias, residual, seed)
         if torch.is_grad_enabled():  # second derivatives
-            return None, None, None, *recomputed_gradients(ctx.call, tensors, gradient), None, None, None
+            return None, None, None, *recomputed_gradients(ctx.call, tensors, gradient), *[None] * 4
         filters = total if centered is None else Filters(centered, total, rest)
         options = (filters, Normalized(*kept), ctx.p, ctx.relu, ctx.needs_input_grad[3:5])
-        return None, None, None, *pulled_back(ctx.stages, ctx.at, gradient, *tensors, *options), *[None] * 4
+        return None, None, None, *pulled_back(ctx.stages, ctx.at, gradient, *tensors, *options), *[None] * 5
 
 
 @kn_conv.kernel("fused", refusal=refusal)
@@ -210,14 +215,16 @@ def kn_conv_in_stages(
     eps: float = 1e-5,
     activation: str = "none",
     residual: Tensor | None = None,
+    centered: bool = False,
 ) -> Tensor:
     """`anybatch.functional.kn_conv` of arguments that `refusal` does not refuse, by some backend's stages."""
     at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
-    options = {"p": p, "eps": eps, "activation": activation}
+    check_centered(weight, centered)
+    options = {"p": p, "eps": eps, "activation": activation, "centered": centered}
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> Tensor:
         more = {**options, "seed": seed, "residual": residual}
         return kn_conv.reference(x, weight, bias, stride, padding, dilation, **more)
 
     relu = activation == "relu"
-    return _KNConv.apply(stages, call, at, x, weight, bias, residual, seed, p, eps, relu)  # pyright: ignore[reportReturnType]
+    return _KNConv.apply(stages, call, at, x, weight, bias, residual, seed, p, eps, relu, centered)  # pyright: ignore[reportReturnType]

@@ -15,7 +15,7 @@ from torch import Tensor
 from anybatch.kernels.fused_kn_conv import STAGES, normalized_conv, pulled_back, refusal
 from anybatch.kernels.kn_stages import Normalized, Stages, rounds
 from anybatch.kernels.layouts import laid_out
-from anybatch.methods.kn_conv import convolve, filter_windows, kn_conv
+from anybatch.methods.kn_conv import check_centered, convolve, filter_windows, kn_conv
 from anybatch.methods.windows import Padding, Sizes, Windows
 
 
@@ -49,13 +49,14 @@ def _forward(
     p: float,
     eps: float,
     relu: bool,
+    centered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result, and the fields of `Normalized`, of no values where those are None."""
     activation = "relu" if relu else "none"
     options = {"p": p, "seed": seed, "eps": eps, "activation": activation, "residual": residual}
     stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), **options)
     at = _windows(weight, stride, padding, dilation)
-    _, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu)
+    _, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu, centered)
     mean, scale, apart = (x.new_empty(0) if t is None else t.contiguous() for t in done[1:4])
     own = x.new_empty(0) if done.own is None else done.own
     y = done.y if done.own is None else laid_out(done.y, done.own)
@@ -75,6 +76,7 @@ def _(
     p: float,
     eps: float,
     relu: bool,
+    centered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = convolve(x, weight.to(x.dtype), _windows(weight, stride, padding, dilation), 1)
     field = x.new_empty((len(y), 1, *y.shape[2:]), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -144,7 +146,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, seed, *geometry, p, _, relu = inputs
+    x, weight, bias, residual, seed, *geometry, p, _, relu, _ = inputs
     ctx.save_for_backward(x, weight, bias, residual, seed, *output)
     ctx.geometry, ctx.p, ctx.relu = geometry, p, relu
 
@@ -153,7 +155,7 @@ def _pull(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     needs = [*ctx.needs_input_grad[:2]]
     found = torch.ops.anybatch.kn_conv_backward(gradient, *ctx.saved_tensors, *ctx.geometry, ctx.p, ctx.relu, needs)
     asked = (*needs, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-    return *(g if wants else None for g, wants in zip(found, asked, strict=True)), *[None] * 7
+    return *(g if wants else None for g, wants in zip(found, asked, strict=True)), *[None] * 8
 
 
 _forward.register_autograd(_pull, setup_context=_keep)
@@ -222,7 +224,10 @@ def library_kn_conv(
     eps: float = 1e-5,
     activation: str = "none",
     residual: Tensor | None = None,
+    centered: bool = False,
 ) -> Tensor:
+    check_centered(weight, centered)
     at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
     geometry = (at.stride, at.symmetric, at.dilation)
-    return torch.ops.anybatch.kn_conv(x, weight, bias, residual, seed, *geometry, p, eps, activation == "relu")[0]
+    how = (p, eps, activation == "relu", centered)
+    return torch.ops.anybatch.kn_conv(x, weight, bias, residual, seed, *geometry, *how)[0]

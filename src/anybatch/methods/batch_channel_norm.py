@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anybatch.dispatch import op
 from anybatch.methods.batch_norm import SyncBatchNorm, recomputing, shared_moments, sharing
 from anybatch.methods.common import ChannelNorm, TakesActivation, check_has_channels, per_channel, widened
-from anybatch.methods.group_norm import Groups, check_group_values, gn, group_norm, resolve_groups
+from anybatch.methods.group_norm import GroupNorm, Groups, check_group_values, gn, group_norm, resolve_groups
 from anybatch.scheme import Scheme, check_number
 
 HALF_LIFE = 200
@@ -227,6 +227,17 @@ class _BatchChannelNorm(TakesActivation, ChannelNorm):
         z = self.bn(x)
         weight, bias = (by_channel(p, self.num_channels) for p in (self.weight, self.bias))
         return group_norm(z, self.num_groups, weight, bias, eps=self.eps, activation=self.activation)
+
+    def group_part(self) -> GroupNorm:
+        """A layer of its own for what stands behind the batch part, with a scale and a shift for each channel."""
+        with torch.device("meta"):
+            made = GroupNorm(self.num_channels, self.num_groups, self.eps, self.affine)
+        if self.affine:
+            for name in ("weight", "bias"):
+                values = by_channel(self.get_parameter(name).detach(), self.num_channels)
+                setattr(made, name, nn.Parameter(values))  # pyright: ignore[reportArgumentType] (there are some)
+        made.activation = self.activation
+        return made
 
     def extra_repr(self) -> str:
         return (

@@ -45,6 +45,7 @@ def kn_conv(
     eps: float = 1e-5,
     activation: str = "none",
     residual: Tensor | None = None,
+    centered: bool = False,
 ) -> Tensor:
     """Convolve windows that are each normalized over their positions and all channels.
 
@@ -80,6 +81,7 @@ def kn_conv(
         eps: Added to the variance.
         activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``, of the result.
         residual: Added to the result before its activation; of its shape.
+        centered: Whether the filters sum to 0 already, as those of a folded network, which saves centering them.
 
     Returns:
         (N, O, *), with the dtype of ``x``, or of its sum with a wider ``residual``; windows that the padded map does
@@ -88,28 +90,31 @@ def kn_conv(
     Raises:
         ValueError: If ``x`` and ``weight`` do not go together, ``norm_groups`` does not divide ``groups``, no window
             fits, a window holds one value, which normalizing would erase, ``p`` is outside [0, 1), ``seed`` is not one
-            number, ``residual`` has another shape than the result, or an argument is malformed.
+            number, ``residual`` has another shape than the result, ``centered`` filters ask for a gradient, which would
+            move them, or an argument is malformed.
 
     Source:
         Nasirigerdeh et al. 2024, "Kernel Normalized Convolutional Networks", arXiv:2205.10089, eq. 1-5, algorithm 1.
         Their form convolves with the filters as they are and subtracts ``mean u' sum W_o`` from the result.
     """
     at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
+    check_centered(weight, centered)
     mask = None if seed is None else dropout_mask(x, p, seed)
     dims = len(at.kernel)
     mean, var = unit_moments(x, norm_groups, at, p, mask)
     w = weight.to(mean.dtype)
-    w_mean = w.mean(tuple(range(1, w.dim())), keepdim=True)
-    filters = (w - w_mean).to(x.dtype)
+    w_mean = None if centered else w.mean(tuple(range(1, w.dim())), keepdim=True)
+    filters = (w if w_mean is None else w - w_mean).to(x.dtype)
     # Filters that share a convolution group are laid out as (G, O / G), beside maps of one value a group.
     per_filter = (groups, -1, *(1 for _ in range(dims)))
     z = widened(convolve(x, filters, at, groups)).unflatten(1, (groups, -1))
-    own = mean if mask is None and groups == norm_groups else window_means(pixel_means(x, groups), at)
+    alike = mask is None and groups == norm_groups
+    own = mean if alike or (centered and filters.dtype == w.dtype) else window_means(pixel_means(x, groups), at)
     if filters.dtype != w.dtype:
         # The sum of centered filters is 0 whatever W is, so that no gradient flows through what rounding left of it.
         rest = filters.detach().to(w.dtype).flatten(1).sum(1)
         z = torch.addcmul(z, own.detach().unsqueeze(2), rest.reshape(per_filter), value=-1)
-    if own is not mean:
+    if own is not mean and w_mean is not None:
         total = w_mean * w[0].numel()
         z = torch.addcmul(z, (own - _each_group(mean, groups)).unsqueeze(2), total.reshape(per_filter))
     scale = _each_group(torch.rsqrt(var + eps), groups).unsqueeze(2)
@@ -146,6 +151,12 @@ def filter_windows(
             f"needs filters that the groups divide evenly, got x of shape {tuple(x.shape)}"
         )
     return at
+
+
+def check_centered(weight: Tensor, centered: bool) -> None:
+    """Raise a `ValueError` where filters that are said to be centered could move."""
+    if centered and weight.requires_grad:
+        raise ValueError("centered=True is for filters that stay as they are, and weight asks for a gradient")
 
 
 def check_residual(residual: Tensor, shape: torch.Size) -> None:
@@ -185,6 +196,9 @@ class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
     def take_activation(self, act: nn.Module) -> bool:
         """As `TakesActivation`, of ReLU alone: others cannot be undone from what they give, and more would be kept."""
         return isinstance(act, (nn.ReLU, nn.Identity)) and super().take_activation(act)
+
+    centered = False
+    """Whether the filters sum to 0 already, as `anybatch.convert.fold` leaves them."""
 
     keeps_drawn_bias = True  # at 0 flat backgrounds would stay flat, and windows without variance pass no signal
 
@@ -267,6 +281,7 @@ class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
             eps=self.eps,
             activation=self.activation,
             residual=residual.unsqueeze(0) if alone and residual is not None else residual,
+            centered=self.centered and not self.weight.requires_grad,
             **dropout(x, self.p, self.eval_stats, self.training),
         )
         return y.squeeze(0) if alone else y
@@ -304,7 +319,7 @@ class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, norm_groups={self.norm_groups}, p={self.p}, eval_stats={self.eval_stats}, "
-            f"eps={self.eps}{self.shown_activation()}"
+            f"eps={self.eps}{self.shown_activation()}{', centered=True' if self.centered else ''}"
         )
 
 

@@ -27,6 +27,14 @@ class Level:
     """
 
 
+@torch.fx.wrap  # so that torch.fx, which runs a network without an input, passes it over
+def _check_input(x: Tensor, in_chans: int, least: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_chans or min(x.shape[2:]) < least:
+        raise ValueError(
+            f"the network takes (N, {in_chans}, H, W) with sides of {least} pixels or more, got shape {tuple(x.shape)}"
+        )
+
+
 class Network(nn.Module):
     """A chain of submodules: levels, each ending in a map; a tail behind the last; pooling; a classifier.
 
@@ -81,12 +89,7 @@ class Network(nn.Module):
         return x
 
     def _maps(self, x: Tensor) -> Iterator[Tensor]:
-        least = self.min_size or self.levels[-1].reduction
-        if x.dim() != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < least:
-            raise ValueError(
-                f"the network takes (N, {self.in_chans}, H, W) with sides of {least} pixels or more, "
-                f"got shape {tuple(x.shape)}"
-            )
+        _check_input(x, self.in_chans, self.min_size or self.levels[-1].reduction)
         for level in self.levels:
             x = self._run(level.modules, x)
             yield x

@@ -63,12 +63,16 @@ def transforms(model: Network) -> Any:
     >>> transforms(create_model("resnet8"))(__import__("torch").zeros(3, 40, 50)).shape
     torch.Size([3, 32, 32])
     """
+    if not isinstance(model, Network):
+        raise TypeError(f"model must be a network of create_model, got {type(model).__name__}")
+    return transforms_of(model.default_cfg, model.in_chans)
+
+
+def transforms_of(cfg: Mapping[str, Any], chans: int) -> Any:
+    """The same for entries of a ``default_cfg`` and a number of channels."""
     import torch
     from torchvision.transforms import v2
 
-    if not isinstance(model, Network):
-        raise TypeError(f"model must be a network of create_model, got {type(model).__name__}")
-    cfg, chans = model.default_cfg, model.in_chans
     check_images(cfg)
     for name in ("mean", "std"):
         if len(cfg[name]) != chans:
