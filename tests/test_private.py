@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch import create_model, driver, private, recipes, rows, train
+from anybatch import create_model, data, driver, private, recipes, rows, train
 from anybatch.checkpoint import load_model
 from anybatch.recipe import Recipe
 from anybatch.step import training_loss
@@ -315,6 +315,13 @@ def test_draws_follow_from_the_epoch_alone_where_they_are_seeded() -> None:
 def test_what_a_private_recipe_does_not_go_with(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny().replace(changes)
+
+
+@needs_opacus
+def test_a_scheme_that_mixes_images_is_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load", lambda _: pytest.fail("the images were read"))
+    with pytest.raises(ValueError, match="it mixes the images of a batch"):
+        train.run(tiny().replace({"model.scheme": "bn"}))
 
 
 @needs_opacus

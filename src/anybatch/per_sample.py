@@ -2,8 +2,7 @@
 
 `anybatch.private` needs none of this. It is for programs that wrap a network in ``opacus.GradSampleModule`` or give it
 to ``opacus.PrivacyEngine``, which take each sample's gradient layer by layer from what a layer took and the gradient
-of what it gave. Layers that take one tensor and draw nothing need
-no rule of ours.
+of what it gave. Layers that take one tensor and draw nothing need no rule of ours.
 """
 
 from __future__ import annotations

@@ -35,25 +35,15 @@ from anybatch.schemes import scheme
 from anybatch.step import training_loss
 
 
-def check(recipe: Recipe, split: data.Split) -> None:
-    """Raise a `ValueError` where a recipe with privacy cannot be trained privately on these images."""
-    p, images = recipe.privacy, len(split.train)
+def check_recipe(recipe: Recipe) -> None:
+    """Raise a `ValueError` where a recipe with privacy cannot be trained privately, whatever the images."""
+    p = recipe.privacy
     if p.epsilon is None:
         return
     if importlib.util.find_spec("opacus") is None:
         raise ValueError(
             f"privacy.epsilon={p.epsilon} needs the package opacus: pip install 'anybatch[dp]'; null trains without "
             f"privacy"
-        )
-    if p.delta >= 1 / images:
-        raise ValueError(
-            f"privacy.delta={p.delta} must be below 1 / {images} training images: above it, telling an image in full "
-            f"would count as private"
-        )
-    if recipe.data.normalize is None and any(split.mean):
-        raise ValueError(
-            f"privacy.epsilon={p.epsilon} does not go with data.normalize=null: the mean and variance of the training "
-            f"images would be told without noise; take unit or symmetric"
         )
     made = scheme(recipe.model.scheme)
     if not made.batch_independent:
@@ -65,6 +55,23 @@ def check(recipe: Recipe, split: data.Split) -> None:
         raise ValueError(
             f"privacy.epsilon={p.epsilon} does not go with scheme {made.name!r}, which clips the gradient of all "
             f"images: privacy.max_grad_norm clips each image's; leave its clipping part out"
+        )
+
+
+def check_images(recipe: Recipe, split: data.Split) -> None:
+    """Raise a `ValueError` where these images cannot be trained on privately by a recipe that `check_recipe` passed."""
+    p, images = recipe.privacy, len(split.train)
+    if p.epsilon is None:
+        return
+    if p.delta >= 1 / images:
+        raise ValueError(
+            f"privacy.delta={p.delta} must be below 1 / {images} training images: above it, telling an image in full "
+            f"would count as private"
+        )
+    if recipe.data.normalize is None and any(split.mean):
+        raise ValueError(
+            f"privacy.epsilon={p.epsilon} does not go with data.normalize=null: the mean and variance of the training "
+            f"images would be told without noise; take unit or symmetric"
         )
     epoch = Epoch.of(recipe, images)
     noise_multiplier(p.epsilon, p.delta, sample_rate(epoch, images), epoch.steps * recipe.schedule.epochs, p.accountant)

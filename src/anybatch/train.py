@@ -61,7 +61,7 @@ def run(
     """
     started = time.perf_counter()
     row = _blank_row(recipe, purpose)
-    split = data.load(recipe.data)
+    split = _images(recipe)
     epoch = _checked_epoch(recipe, split)
     row["data"] = data_facts(split)
     torch.manual_seed(recipe.train.seed)
@@ -135,10 +135,16 @@ def run(
     return row
 
 
+def _images(recipe: Recipe) -> data.Split:
+    """The recipe's images, which are not read in vain."""
+    private.check_recipe(recipe)
+    return data.load(recipe.data)
+
+
 def _checked_epoch(recipe: Recipe, split: data.Split) -> Epoch:
     """The recipe's epoch, where it can be trained on these images."""
     epoch = Epoch.of(recipe, len(split.train))
-    private.check(recipe, split)
+    private.check_images(recipe, split)
     return epoch
 
 
@@ -209,7 +215,7 @@ def run_in(
     path = out / "recipe.yaml"
     if first:
         _check_folder(recipe, out)
-        split = data.load(recipe.data)
+        split = _images(recipe)
         _checked_epoch(recipe, split)
         with torch.device("meta"):
             recipe.model.build(num_classes=len(split.classes), in_chans=split.in_chans)
