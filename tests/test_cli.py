@@ -313,6 +313,7 @@ def test_lists_and_doctor(call):
     assert set(tables) == {"models", "schemes", "recipes", "data"}
     assert all(text for table in tables.values() for text in table.values())
     facts = json.loads(call("doctor", "--json")[1])
+    assert "kernels in C" in facts["devices"]
     assert facts["versions"]["torch"]
     assert call("--version")[1].startswith("anybatch ")
 

@@ -80,6 +80,7 @@ def doctor() -> dict[str, dict[str, Any]]:
 
     from anybatch import __version__
     from anybatch.functional import backends
+    from anybatch.kernels.native_common import refused_native
     from anybatch.study import available_cores
 
     needed: dict[str, list[str]] = {"": []}
@@ -96,6 +97,7 @@ def doctor() -> dict[str, dict[str, Any]]:
         devices["cuda"] = "none found"
     devices["memory"] = _memory()
     devices["backends"] = ", ".join(backends())
+    devices["kernels in C"] = refused_native(torch.ones(1, 1)) or "compiled for this processor"
     extras = {}
     for extra, packages in needed.items():
         missing = [package for package in packages if _version(package) is None]
