@@ -34,6 +34,7 @@ from anybatch.methods.local_context_norm import LocalContextNorm3d as LocalConte
 from anybatch.methods.local_response_norm import LocalResponseNorm as LocalResponseNorm
 from anybatch.methods.positional_norm import MomentShortcut as MomentShortcut
 from anybatch.methods.positional_norm import PositionalNorm as PositionalNorm
+from anybatch.methods.recomputed import Recomputed as Recomputed
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv1d as ScaledWSConv1d
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv2d as ScaledWSConv2d
 from anybatch.methods.scaled_weight_standardization import ScaledWSConv3d as ScaledWSConv3d

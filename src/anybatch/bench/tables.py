@@ -149,7 +149,7 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
         for case in dict.fromkeys(row["case"] for row in rows):
             mine = [row for row in rows if row["case"] == case]
             text += ["", f"### {case}", ""]
-            if case in ("conv", "norm"):
+            if case in ("conv", "norm", "recompute"):
                 headings = ("variant", "mode", "memory format", "batch", "precision", "ratio", "range", "shapes")
                 text += markdown(headings, _mean_lines(mine))
                 wrong = [line(row) for row in mine if row["status"] != "ok"]

@@ -1,0 +1,76 @@
+"""Layers whose intermediate results are computed anew: the numbers of a sequence, with half of what it keeps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from anybatch.layers import BatchChannelNorm2d, GroupNorm, Recomputed
+from anybatch.measure import saved_bytes
+
+
+def unit(norm: nn.Module) -> list[nn.Module]:
+    return [norm, nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)]
+
+
+def passed(model: nn.Module, x: Tensor) -> list[Tensor]:
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+
+@pytest.mark.parametrize("make", [lambda: GroupNorm(8, 4), lambda: BatchChannelNorm2d(8, 4)])
+def test_numbers_are_those_of_a_sequence(make) -> None:
+    plain = nn.Sequential(nn.Conv2d(8, 8, 1), *unit(make()))
+    ours = nn.Sequential(copy.deepcopy(plain[0]), Recomputed(*copy.deepcopy(plain[1:])))
+    x = torch.randn(3, 8, 6, 5, requires_grad=True)
+    for got, expected in zip(passed(ours, x), passed(plain, x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for (name, got), (_, expected) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(got, expected, msg=f"{name}: a batch came in twice")
+
+
+def test_a_chain_keeps_one_map_for_each_convolution() -> None:
+    def units() -> list[list[nn.Module]]:
+        return [[GroupNorm(8, 4), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)] for _ in range(3)]
+
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    size = x.numel() * 4
+    plain = nn.Sequential(*(layer for some in units() for layer in some))
+    ours = nn.Sequential(*(Recomputed(*some) for some in units()))
+    assert saved_bytes(plain, lambda: plain(x)) > 5.9 * size
+    assert saved_bytes(ours, lambda: ours(x)) < 3.1 * size
+
+
+def test_the_convolution_is_not_run_again() -> None:
+    class Counted(nn.Conv2d):
+        runs = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            type(self).runs += 1
+            return super().forward(input)
+
+    norm_runs = []
+    norm, conv = GroupNorm(8, 4), Counted(8, 8, 3)
+    norm.register_forward_hook(lambda *_: norm_runs.append(1))
+    ends = []
+    conv.register_forward_hook(lambda *_: ends.append(1))
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    Recomputed(norm, nn.ReLU(), conv)(x).sum().backward()
+    assert len(norm_runs) == 2
+    assert len(ends) == 1, "it ended a second time"
+
+
+def test_evaluation_and_names_are_a_sequences() -> None:
+    layers = unit(GroupNorm(8, 4))
+    ours, x = Recomputed(*layers).eval(), torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), nn.Sequential(*layers)(x), rtol=0, atol=0)
+    assert list(ours.state_dict()) == list(nn.Sequential(*layers).state_dict())
+
+
+def test_torchs_batchnorm_is_refused() -> None:
+    with pytest.raises(ValueError, match="BatchNorm2d would let each batch into its running averages twice"):
+        Recomputed(*unit(nn.BatchNorm2d(8)))
