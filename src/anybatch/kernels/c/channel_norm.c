@@ -260,17 +260,6 @@ static void backward_of_rows(const Norm *q, const float *x, const float *g, cons
     free(sums);
 }
 
-INLINE void around(const float *restrict x, float mean, int64_t size, double *off, double *squares) {
-    float first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-    for (int64_t i = 0; i < size; i++) {
-        float d = x[i] - mean;
-        first += d, second += d * d;
-    }
-    *off = (double)first / size;
-    *squares = second - first * *off;
-}
-
 /* Mean and sum of squared deviations of a plane, piece by piece. */
 static void moments_of_plane(const float *x, int64_t size, double *mean, double *squares) {
     const int64_t piece = 4096;

@@ -16,7 +16,10 @@ void standardized_rows(int64_t filters, int64_t size, const float *rows, const f
     for (int64_t o = 0; o < filters; o++) {
         const float *x = rows + o * size;
         float middle = sum_of(x, size) / size;
-        double squares = squares_around(x, middle, size), v = squares / divisor, s, q;
+        double off, squares, s, q;
+        around(x, middle, size, &off, &squares);
+        middle += (float)off;
+        double v = squares / divisor;
         if (place == OUTSIDE) {
             s = 1 / (sqrt(v) + eps);
             q = squares > 0 ? 1 / sqrt(squares * divisor) : 0;

@@ -102,6 +102,18 @@ INLINE float squares_around(const float *v, float mean, int64_t size) {
     return total;
 }
 
+/* By how much the mean of values is off `mean`, which rounding left so, and the squares around the right one. */
+INLINE void around(const float *restrict x, float mean, int64_t size, double *off, double *squares) {
+    float first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
+    for (int64_t i = 0; i < size; i++) {
+        float d = x[i] - mean;
+        first += d, second += d * d;
+    }
+    *off = (double)first / size;
+    *squares = second - first * *off;
+}
+
 /* Adds how far values are from means, and the squares of that. */
 INLINE void add_around(int64_t count, const float *restrict x, const float *restrict mean, float *restrict off,
                        float *restrict squares) {
