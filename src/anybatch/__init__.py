@@ -46,6 +46,7 @@ def __getattr__(name: str) -> Any:
         "layers",
         "models",
         "optim",
+        "probe",
         "recipes",
         "report",
         "rows",
