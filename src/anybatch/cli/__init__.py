@@ -8,5 +8,6 @@ from anybatch.cli.common import main as main
 from anybatch.cli import runs as runs
 from anybatch.cli import predict as predict
 from anybatch.cli import convert as convert
+from anybatch.cli import diagnose as diagnose
 from anybatch.cli import export as export
 from anybatch.cli import machine as machine

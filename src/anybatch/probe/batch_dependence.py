@@ -1,4 +1,4 @@
-"""Which layers mix the samples of a batch, which fail on small ones, and from which batch size statistics are steady."""
+"""Which layers mix samples of a batch, which fail on small ones, and from which batch size statistics are steady."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ def batch_dependence(model: nn.Module, x: Any) -> BatchDependence:
     Raises:
         ValueError: If there are fewer than two samples, or the model does not take them.
 
-    >>> print(batch_dependence(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), torch.randn(2, 3, 8, 8)).findings[0])
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+    >>> print(batch_dependence(model, torch.randn(2, 3, 8, 8)).findings[0])
     [good] No layer mixes samples: a batch of any size gives each sample the same output.
     """
     with probing(model, x, least=2, whole=True) as subject, torch.no_grad():
-        seen = {mode: _Watch(subject, mode) for mode in ("training", "evaluation")}
-        whole = {mode: watch.run() for mode, watch in seen.items()}
+        training, evaluation = _Watch(subject, "training"), _Watch(subject, "evaluation")
+        mixing = training.run(), evaluation.run()
         fails = _fails_at_one(subject)
-        found = _joined(subject, seen["training"], seen["evaluation"])
-    mixing = whole["training"], whole["evaluation"]
+        found = _joined(subject, training, evaluation)
     return BatchDependence(
         batch_size=len(subject.x),
         layers=found,
@@ -400,7 +400,7 @@ def _findings(found: tuple[Layer, ...], mixing: tuple[bool, bool], fails: str | 
         told.append(
             Finding(
                 "note",
-                f"{few([x.name for x in unseen])}: rows are not samples, so that the layer's kind told whether it mixes them.",
+                f"{few([x.name for x in unseen])}: rows are not samples; the layer's kind told whether it mixes them.",
             )
         )
     return told

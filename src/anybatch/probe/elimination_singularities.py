@@ -1,4 +1,4 @@
-"""How far channel statistics are from those that batch normalization would give, and which units are off or always on."""
+"""How far channel statistics are from those of batch normalization, and which units are off or always on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.probe.layers import CONVS, has_channel_affine, layers
-from anybatch.probe.result import Cell, Finding, Result, Table, few, many
+from anybatch.probe.result import Cell, Finding, Result, Table, many
 from anybatch.probe.subject import probing, seeing, still
 
 DEAD, LINEAR = 0.01, 0.99
@@ -115,7 +115,7 @@ def _plain(module: nn.Module, args: tuple[Any, ...], buffers: list[Tensor]) -> T
         for b, value in zip(module.buffers(), buffers, strict=True):
             b.copy_(value)
         if kept is not None:
-            module.activation = "none"
+            setattr(module, "activation", "none")  # noqa: B010 (a plain attribute, which types of modules do not know)
         for name, child in acts.items():  # timm's norms hold their activation
             if not any(True for _ in (*child.parameters(), *child.buffers())):
                 setattr(module, name, nn.Identity())
@@ -129,7 +129,7 @@ def _plain(module: nn.Module, args: tuple[Any, ...], buffers: list[Tensor]) -> T
         for name, child in acts.items():
             setattr(module, name, child)
         if kept is not None:
-            module.activation = kept
+            setattr(module, "activation", kept)  # noqa: B010
         for b, value in zip(module.buffers(), now, strict=True):
             b.copy_(value)
     return made
@@ -193,8 +193,8 @@ def _findings(found: list[Layer]) -> list[Finding]:
         told.append(
             Finding(
                 "warning",
-                f"Channels of {many(len(far), 'norm')} are far from the mean 0 and deviation 1 that batch normalization "
-                f"gives, most in {most.name} (means spread by {most.spread:.2g}, deviations off by "
+                f"Channels of {many(len(far), 'norm')} are far from the mean 0 and deviation 1 of batch normalization, "
+                f"most in {most.name} (means spread by {most.spread:.2g}, deviations off by "
                 f"{most.distance:.2g}).",
                 "standardize the filters (ws), or add a batch part with estimated statistics (ws+bcn).",
             )

@@ -102,7 +102,7 @@ def values_of(module: nn.Module, x: Tensor) -> int | None:
         return math.prod(module.normalized_shape)
     if scope == "position" and not isinstance(module, (nn.LocalResponseNorm, nn.CrossMapLRN2d)):
         return x.shape[1]
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) or isinstance(module, _FilterResponseNorm):
+    if isinstance(module, (nn.modules.instancenorm._InstanceNorm, _FilterResponseNorm)):
         return positions
     groups = getattr(module, "num_groups", None)
     return x.shape[1] // groups * positions if isinstance(groups, int) and scope == "sample" else None

@@ -278,7 +278,8 @@ def _findings(found: list[Block]) -> list[Finding]:
         told.append(
             Finding(
                 "fault",
-                f"The signal's variance {what} by {rise:.2g} between blocks, from {variances[0]:.2g} to {variances[-1]:.2g}.",
+                f"The signal's variance {what} by {rise:.2g} between blocks, from {variances[0]:.2g} to "
+                f"{variances[-1]:.2g}.",
                 "take a scheme that keeps it: a norm, or nf with its bookkeeping in place of plain sums.",
             )
         )
@@ -308,8 +309,8 @@ def _findings(found: list[Block]) -> list[Finding]:
         told.append(
             Finding(
                 "warning",
-                f"Squared means of channels are over {SHIFTED} times their variance behind {many(len(shifted), 'block')} "
-                f"({few([b.name for b in shifted])}): all samples look alike there.",
+                f"Squared means of channels are over {SHIFTED} times their variance behind "
+                f"{many(len(shifted), 'block')} ({few([b.name for b in shifted])}): all samples look alike there.",
                 "standardize filters (ws, or sws in nf networks), which cancels a common mean.",
             )
         )
@@ -319,7 +320,7 @@ def _findings(found: list[Block]) -> list[Finding]:
         told.append(
             Finding(
                 "warning",
-                f"The variance behind {len(missed)} of {many(len(known), 'block')} is more than {100 * APART:.0f} % off "
+                f"The variance behind {len(missed)} of {many(len(known), 'block')} is over {100 * APART:.0f} % off "
                 f"what the bookkeeping expects ({few([b.name for b in missed])}), so that branches take a signal of "
                 f"another size than 1.",
                 "measure on inputs of mean 0 and variance 1; pooled shortcuts lose variance, which pool_gain=2 gives "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anybatch.methods.filters import StandardizedFilter
 from anybatch.methods.parameters import places
-from anybatch.probe.layers import FILTERS
+from anybatch.probe.layers import CONVS
 from anybatch.probe.result import Cell, Finding, Result, Table
 from anybatch.probe.subject import Loss, Subject, loss_of, probing, still
 
@@ -163,7 +163,8 @@ def _with_filters(
     value = loss_of(subject, output, subject.labels, loss)
     for name, module in named.items():
         if not isinstance(module, StandardizedFilter):
-            used[name] = [module.weight] if module.weight.requires_grad else []  # pyright: ignore[reportAssignmentType]
+            weight = module.get_parameter("weight")
+            used[name] = [weight] if weight.requires_grad else []
         else:
             del module.__dict__["standardized"]
     inner = [t for tensors in used.values() for t in tensors]
@@ -180,7 +181,8 @@ def _with_filters(
 
 def _has_filters(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(module, FILTERS) and isinstance(weight, Tensor) and weight[0].numel() > 1
+    kinds = (*CONVS, StandardizedFilter)  # a classifier's filters are left as they are
+    return isinstance(module, kinds) and isinstance(weight, Tensor) and weight[0].numel() > 1
 
 
 def _noting(layer: StandardizedFilter, into: list[Tensor]) -> Callable[[], Tensor]:
@@ -237,8 +239,8 @@ def _findings(
         told.append(
             Finding(
                 "warning",
-                f"The loss does not fall along its gradient from steps of {walked[0].length:g} of the weights' norm on: "
-                f"the landscape is rough there.",
+                f"The loss does not fall along its gradient from steps of {walked[0].length:g} of the weights' norm "
+                f"on: the landscape is rough there.",
                 "take smaller steps, a warm-up, or a scheme with a norm or standardized filters.",
             )
         )
@@ -246,8 +248,8 @@ def _findings(
         told.append(
             Finding(
                 "good" if safe else "warning",
-                f"The loss falls along its gradient, and the gradient changes by less than its own size, up to steps of "
-                f"{safe:g} of the weights' norm."
+                f"The loss falls along its gradient, and the gradient changes by less than its own size, up to steps "
+                f"of {safe:g} of the weights' norm."
                 if safe
                 else f"The gradient turns within a step of {walked[0].length:g} of the weights' norm.",
                 "" if safe else "take smaller steps, a warm-up, or standardized filters (ws).",

@@ -49,8 +49,10 @@ class SplitInvariance(Result):
     """Of the whole gradient."""
     worst: float
     """The largest of any layer."""
+    tolerance: float
+    """What rounding explains, in this dtype."""
     invariant: bool
-    """Whether rounding explains the difference."""
+    """Whether that is all."""
 
     def table(self) -> Table:
         head = ("layer", "kind", "relative difference", "cosine", "norm")
@@ -116,7 +118,8 @@ def split_invariance(
         relative = float((all_one - all_other).norm() / all_one.norm().clamp_min(1e-300))
         worst = max((d.relative for d in found), default=0.0)
         dtype = whole[0].dtype if whole else subject.x.dtype
-        invariant = worst <= TOLERANCE.get(dtype, 0.2)
+        tolerance = TOLERANCE.get(dtype, 0.2)
+        invariant = worst <= tolerance
         mixing = [name for name, m in subject.model.named_modules() if m.training and scope_of(m) == "batch"]
     return SplitInvariance(
         batch_size=n,
@@ -125,6 +128,7 @@ def split_invariance(
         layers=tuple(found),
         relative=relative,
         worst=worst,
+        tolerance=tolerance,
         invariant=invariant,
         findings=tuple(_findings(n, micro, relative, worst, invariant, mixing, left)),
     )
@@ -169,8 +173,8 @@ def _findings(
         told = [
             Finding(
                 "warning",
-                f"One batch of {n} and {parts} give gradients that differ by {100 * relative:.3g} % (in the worst layer "
-                f"by {100 * worst:.3g} %): accumulating gradients does not stand in for a large batch.{why}",
+                f"One batch of {n} and {parts} give gradients that differ by {100 * relative:.3g} % (in the worst "
+                f"layer by {100 * worst:.3g} %): accumulating gradients does not stand in for a large batch.{why}",
                 "convert these layers to a norm of single samples, such as ws+gn, or freeze them before accumulating."
                 if mixing
                 else "see which layers mix samples: anybatch.probe.batch_dependence.",

@@ -70,10 +70,10 @@ class TileConsistency(Result):
 def tile_consistency(model: nn.Module, x: Any, *, tile: int | None = None) -> TileConsistency:
     """Compare a network on an image with the same network on a tile of it, in evaluation.
 
-    A tile's edge is padded, and what is near it changes: that is the border, which tiled inference leaves out by letting
-    tiles overlap. What changes far from the edge too comes from layers that take statistics, or means, of the whole map.
-    Each layer is judged for itself: it gets the middle of its own input. The model is unchanged afterwards. Of
-    torchvision's detectors the backbone is probed.
+    A tile's edge is padded, and what is near it changes: that is the border, which tiled inference leaves out by
+    letting tiles overlap. What changes far from the edge too comes from layers that take statistics, or means, of the
+    whole map. Each layer is judged for itself: it gets the middle of its own input. The model is unchanged afterwards.
+    Of torchvision's detectors the backbone is probed.
 
     Args:
         model: Any model that takes images, volumes or clips; the last two dimensions are cut. One that gives no map is
@@ -270,8 +270,8 @@ def _findings(found: list[Layer], profile: tuple[float, ...], stride: float) -> 
             Finding(
                 "warning",
                 f"{many(len(norms), 'norm')} ({kinds}) change every position when the image is cut, by up to "
-                f"{max(x.error for x in norms):.2g} of the output's size in the middle of a tile: predictions depend on "
-                f"how large tiles are, and overlapping them does not help.",
+                f"{max(x.error for x in norms):.2g} of the output's size in the middle of a tile: predictions depend "
+                f"on how large tiles are, and overlapping them does not help.",
                 "for tiled inference prefer schemes whose statistics are local: kn, pn, or lcn with a window smaller "
                 "than the maps; frozen BatchNorm is local too.",
             )
@@ -296,7 +296,7 @@ def _findings(found: list[Layer], profile: tuple[float, ...], stride: float) -> 
             Finding(
                 "good",
                 f"The output changes only within {reach} positions ({reach * stride:.0f} pixels) of a tile's edge.",
-                f"let tiles overlap by twice that, {2 * reach * stride:.0f} pixels, and results are those of the whole.",
+                f"let tiles overlap by twice that, {2 * reach * stride:.0f} pixels, and they agree with the whole.",
             )
         )
     elif not norms and not others:

@@ -1,4 +1,4 @@
-"""Figures, tables and a verdict, computed from rows alone; nothing here knows of studies or models.
+"""Figures, tables and a verdict, computed from rows or from what probes found; nothing here knows of studies or models.
 
 `summarize` reduces rows to numbers and sentences, `figure` draws them, `write` leaves a folder for people and programs.
 The intervals are explained in `statistics`, and what may be claimed from them in `verdict`.

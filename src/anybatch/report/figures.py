@@ -54,7 +54,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 def overview(summary: Summary) -> Figure:
     """`figure` of a summary."""
     with mpl.rc_context(STYLE):
-        drawn = _new(8.4, max(4.1, 0.36 * len(summary["schemes"])))
+        drawn = blank(8.4, max(4.1, 0.36 * len(summary["schemes"])))
         halves: Any = drawn.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.04)
         left, right = halves
         _draw_error(left.subplots(), summary)
@@ -65,7 +65,7 @@ def overview(summary: Summary) -> Figure:
 def errors(summary: Summary) -> Figure:
     """The left part of `figure`."""
     with mpl.rc_context(STYLE):
-        drawn = _new(5.0, 3.9)
+        drawn = blank(5.0, 3.9)
         _draw_error(drawn.subplots(), summary)
     return drawn
 
@@ -73,7 +73,7 @@ def errors(summary: Summary) -> Figure:
 def costs(summary: Summary) -> Figure:
     """The right part of `figure`."""
     with mpl.rc_context(STYLE):
-        drawn = _new(3.9, 3.95)
+        drawn = blank(3.9, 3.95)
         _draw_costs(drawn.subplots(2, 1, sharex=True), summary)
     return drawn
 
@@ -89,7 +89,7 @@ def learning_curves(rows: Sequence[Row], summary: Summary) -> list[tuple[int, Fi
         here = [row for row in runs if batch_size_of(row) == batch]
         if here:
             with mpl.rc_context(STYLE):
-                drawn = _new(3.6, 2.7)
+                drawn = blank(3.6, 2.7)
                 _draw_curves(drawn.subplots(), here, batch, summary, seen)
             found.append((batch, drawn))
     return found
@@ -121,7 +121,8 @@ def look(schemes: Sequence[str], scheme: str) -> dict[str, Any]:
     }
 
 
-def _new(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
+    """A figure with nothing on it, in inches; draw on it within ``mpl.rc_context(STYLE)``."""
     drawn = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawn)
     return drawn

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 from matplotlib.figure import Figure
 
 from anybatch.files import write_file
@@ -52,18 +53,16 @@ def write(rows: Sequence[Row], out: Path, *, title: str, reproduce: str, notes: 
 
 def render(rows: Sequence[Row], summary: Summary, *, title: str, reproduce: str, notes: Sequence[str] = ()) -> str:
     """The page, self-contained: figures are inside, and nothing is fetched."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
+    filters = {
         "percent": words.percent,
         "significant": words.significant,
         "listed": words.listed,
         "unbroken": _unbroken,
         "value": _value,
     }
-    page = environment.from_string(files("anybatch.report").joinpath("page.html").read_text(encoding="utf-8"))
-    return page.render(
+    return rendered(
+        "page.html",
+        filters,
         title=title,
         notes=list(notes),
         reproduce=reproduce,
@@ -72,11 +71,28 @@ def render(rows: Sequence[Row], summary: Summary, *, title: str, reproduce: str,
         shaded=len(summary["schemes"]) <= figures.SHADED,
         marks={name: _mark(summary, name) for name in summary["schemes"]},
         sizes={name: _sizes(summary["cells"], name) for name in summary["schemes"]},
-        errors=_image(figures.errors(summary)),
-        costs=_image(figures.costs(summary)),
-        curves=[(batch, _image(drawn)) for batch, drawn in figures.learning_curves(rows, summary)],
+        errors=image(figures.errors(summary)),
+        costs=image(figures.costs(summary)),
+        curves=[(batch, image(drawn)) for batch, drawn in figures.learning_curves(rows, summary)],
         rule=_rate_rule(summary["settings"]),
     )
+
+
+def rendered(template: str, filters: Mapping[str, Any], **values: Any) -> str:
+    """A page from a template beside this file, which finds its style sheet as ``style``."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= filters
+    page, style = (
+        files("anybatch.report").joinpath(name).read_text(encoding="utf-8") for name in (template, "style.css")
+    )
+    return environment.from_string(page).render(style=markupsafe.Markup(style), **values)
+
+
+def image(drawn: Figure) -> str:
+    """A figure as the address of an image, for a page that holds all it shows."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(figures.svg(drawn)).decode()}"
 
 
 def _mark(summary: Summary, scheme: str) -> dict[str, str]:
@@ -112,7 +128,3 @@ def _unbroken(sentence: str) -> str:
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _image(drawn: Figure) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(figures.svg(drawn)).decode()}"

@@ -1,0 +1,96 @@
+"""The page on which probes of one model stand together, findings first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anybatch.files import write_file
+from anybatch.probe.result import Cell, Finding, Result, shown
+from anybatch.report.page import image, rendered
+from anybatch.report.probe_figures import drawn
+
+LEVELS = ("fault", "warning", "note", "good")
+EXPLAINED: dict[str, str] = {
+    "batch_dependence": "Each layer gets its own input again with all samples but the first exchanged. Where the first "
+    "one's output changes, the layer mixes samples. For norms of the batch: from how many values a statistic comes, "
+    "how far its mean errs, and from which batch on it is steady.",
+    "split_invariance": "The gradient of one batch against the mean over its parts, which is what accumulating "
+    "gradients or splitting a batch over devices gives.",
+    "tile_consistency": "The network on a tile against the network on the whole image, and each norm on the middle of "
+    "its own input. Padding changes a border; layers that take statistics of the whole map change every position.",
+    "signal_propagation": "Moments of each channel behind each block, averaged over channels, of the residual "
+    "branches, and the norm of the loss's gradient there.",
+    "elimination_singularities": "Channel statistics in front of scale and shift: batch normalization gives mean 0 and "
+    "deviation 1. Dead units are above 0 for less than 1 % of the values, units that are always on for more than 99 %.",
+    "smoothness": "A walk against the gradient; and which parts of the squared gradient of filters lie along the "
+    "constant filter and along the filter itself, which Weight Standardization removes.",
+}
+"""What each probe measures, by its name."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One probe of a model."""
+
+    name: str
+    """Of the function in `anybatch.probe`."""
+    result: Result | None
+    """None where it could not run."""
+    error: str = ""
+    seconds: float = 0.0
+    before: Result | None = None
+    """Of the network before training."""
+
+
+def findings(entries: Sequence[Entry]) -> list[tuple[str, Finding]]:
+    """All findings with the name of their probe, the gravest first."""
+    every = [(e.name, finding) for e in entries if e.result is not None for finding in e.result.findings]
+    return sorted(every, key=lambda pair: LEVELS.index(pair[1].level))
+
+
+def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], reproduce: str) -> str:
+    """The page, self-contained: figures are inside, and nothing is fetched.
+
+    Args:
+        entries: The probes, in order.
+        title: Heading of the page.
+        facts: What the model and its inputs are, by name.
+        reproduce: The command that makes the page again.
+    """
+    sections = []
+    for entry in entries:
+        figure = None if entry.result is None else drawn(entry.result, entry.before)
+        table = None if entry.result is None else entry.result.table()
+        sections.append(
+            {
+                "entry": entry,
+                "title": entry.name.replace("_", " ") if entry.result is None else entry.result.title,
+                "explained": EXPLAINED[entry.name],
+                "figure": None if figure is None else image(figure),
+                "table": table,
+            }
+        )
+    return rendered(
+        "diagnosis.html",
+        {"shown": _shown},
+        title=title,
+        facts=facts,
+        findings=findings(entries),
+        sections=sections,
+        reproduce=reproduce,
+    )
+
+
+def write(entries: Sequence[Entry], out: Path, *, title: str, facts: Mapping[str, str], reproduce: str) -> Path:
+    """Write `render`'s page as ``report.html`` into a folder, which is made if need be; its path."""
+    page = render(entries, title=title, facts=facts, reproduce=reproduce)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "report.html"
+    write_file(path, page.encode())
+    return path
+
+
+def _shown(cell: Cell) -> str:
+    return shown(cell).replace("-", "−") if isinstance(cell, (int, float)) else shown(cell) or "–"
