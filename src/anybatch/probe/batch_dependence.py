@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.probe.layers import CONVS, Scope, is_row_by_row, layers, scope_of, values_of
+from anybatch.probe.layers import CONVS, Scope, scope_of, values_of
+from anybatch.probe.mixing import Watch, differ
 from anybatch.probe.result import Cell, Finding, Result, Table, few, many
-from anybatch.probe.subject import SEED, Mode, Subject, probing, seeing, tensors_in
+from anybatch.probe.subject import SEED, Subject, probing
 
 Small = Literal["works", "fails", "erases"]
 """Of a layer on a batch of one: erases where any input gives the same output."""
@@ -95,7 +95,7 @@ def batch_dependence(model: nn.Module, x: Any) -> BatchDependence:
     [good] No layer mixes samples: a batch of any size gives each sample the same output.
     """
     with probing(model, x, least=2, whole=True) as subject, torch.no_grad():
-        training, evaluation = _Watch(subject, "training"), _Watch(subject, "evaluation")
+        training, evaluation = Watch(subject, "training"), Watch(subject, "evaluation")
         mixing = training.run(), evaluation.run()
         fails = _fails_at_one(subject)
         found = _joined(subject, training, evaluation)
@@ -107,150 +107,6 @@ def batch_dependence(model: nn.Module, x: Any) -> BatchDependence:
         fails_at_one=fails,
         findings=tuple(_findings(found, mixing, fails, len(subject.x))),
     )
-
-
-class _Watch:
-    """One mode: which layers and blocks mix, and what norms took."""
-
-    def __init__(self, subject: Subject, mode: Mode) -> None:
-        self.subject, self.mode = subject, mode
-        self.kinds = dict(layers(subject.model))
-        self.norms = {name for name, module in self.kinds.items() if scope_of(module) is not None}
-        self.mixing: dict[str, bool | None] = {}
-        """By layer, in the order of calls; None where its rows are not the samples."""
-        self.inputs: dict[str, Tensor] = {}
-        """Of each norm, the first."""
-        self.spread: dict[str, float] = {}
-        self._buffers: dict[str, list[Tensor]] = {}
-        self._calls: list[tuple[str, list[float], list[float]]] = []
-        self._inside = False
-
-    def run(self) -> bool:
-        """Whether the model mixes samples in this mode."""
-        x, again = self.subject.x, _exchanged(self.subject.x, 1)
-        watched = [name for name, module in self.kinds.items() if not is_row_by_row(module)]
-        one = self._pass(x, watched, self._replay, self._note)
-        mixes = _differ(one, self._pass(again))
-        if mixes and not any(self.mixing.values()):
-            blocks = [name for name, _ in self.subject.model.named_modules()]
-            calls = []
-            for given in (x, again):
-                self._calls = []
-                self._pass(given, blocks, self._trace)
-                calls.append(self._calls)
-            self._blame_blocks(*calls)
-        return mixes
-
-    def _pass(self, x: Tensor, names: Sequence[str] = (), see: Any = None, before: Any = None) -> list[Tensor]:
-        """The first sample's output, of a model in the state and the random state that every pass starts from."""
-        subject = self.subject
-        kept = [(b, b.clone()) for b in subject.model.buffers()]
-        subject.set_mode(self.mode)
-        torch.manual_seed(SEED)
-        with seeing(subject.model, names, see, before=before):
-            output = subject.run(x)
-        for b, value in kept:
-            b.copy_(value)
-        return _first(output, len(x), subject.detector)
-
-    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._buffers[name] = [b.clone() for b in module.buffers()]
-        if name in self.norms and name not in self.inputs and args and isinstance(args[0], Tensor) and args[0].numel():
-            self.inputs[name] = args[0].clone()
-            self.spread[name] = _spread(args[0])
-
-    def _replay(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 1]
-        n = len(self.subject.x)
-        rows = len(tensors[0]) if tensors else 0
-        if not rows or rows % n or any(len(t) != rows for t in tensors):
-            self.mixing.setdefault(name, None)
-            return
-        if self._inside or self.mixing.get(name):
-            return
-        self._inside = True
-        after, state = [b.clone() for b in module.buffers()], torch.get_rng_state()
-        # What overwrites its input shows only the result; layers that do are functions of each value.
-        args = (
-            (self.inputs[name], *args[1:]) if name in self.inputs and self.inputs[name].shape == args[0].shape else args
-        )
-        given = [args, tuple(_exchanged(a, rows // n) if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)]
-        found = []
-        for arguments in given:
-            for b, value in zip(module.buffers(), self._buffers[name], strict=True):
-                b.copy_(value)
-            torch.manual_seed(SEED)
-            copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-            found.append([t[: rows // n] for t in tensors_in(module.forward(*copies)) if len(t) == rows])
-        for b, value in zip(module.buffers(), after, strict=True):
-            b.copy_(value)
-        torch.set_rng_state(state)
-        self.mixing[name] = _differ(*found)
-        self._inside = False
-
-    def _trace(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        n = len(self.subject.x)
-        taken, given = _first(args, n, False), _first(output, n, self.subject.detector)
-        self._calls.append((name, _fingerprint(taken), _fingerprint(given)))
-
-    def _blame_blocks(self, calls: list[Any], again: list[Any]) -> None:
-        """Blocks that mix in code of their own: same input, another output, and none inside that does so."""
-        both = zip(calls, again, strict=True)
-        mixing = [one[0] for one, other in both if one[1] and one[1] == other[1] and one[2] != other[2]]
-        for name in mixing:
-            inner = f"{name}." if name else ""
-            if not any(other != name and other.startswith(inner) for other in mixing):
-                self.mixing[name] = True
-
-
-def _exchanged(x: Tensor, keep: int) -> Tensor:
-    """With all rows but the first ones replaced by others of another size and mean."""
-    rest = x[keep:].flip(0)
-    if x.is_floating_point():
-        spread = rest.float().std().nan_to_num().to(x.dtype) if rest.numel() > 1 else 1
-        rest = 2 * rest.flip(-1) + (spread if spread > 0 else 1)
-    elif x.dtype != torch.bool:
-        rest = rest.flip(-1)
-        rest = (
-            rest.clone().index_fill_(1, torch.tensor([0], device=x.device), 0) if torch.equal(rest, x[keep:]) else rest
-        )
-    return torch.cat([x[:keep], rest])
-
-
-def _first(output: Any, n: int, detector: bool) -> list[Tensor]:
-    """What belongs to the first sample."""
-    if detector and isinstance(output, list) and len(output) == n:
-        return tensors_in(output[0])
-    return [t[: len(t) // n] for t in tensors_in(output) if t.dim() and len(t) and len(t) % n == 0]
-
-
-def _differ(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether any differs by more than its dtype rounds."""
-    if [t.shape for t in one] != [t.shape for t in other]:
-        return True
-    for a, b in zip(one, other, strict=True):
-        apart = ~((a == b) | (a.isnan() & b.isnan()))
-        if apart.any():
-            size = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_ones(())
-            if not bool(((a - b)[apart].abs() <= 100 * torch.finfo(a.dtype).eps * size).all()):
-                return True
-    return False
-
-
-def _fingerprint(tensors: list[Tensor]) -> list[float]:
-    wide = [t.double() for t in tensors]
-    return [float(v) for t in wide for v in (t.sum(), t.square().sum(), t.abs().amax() if t.numel() else t.sum())]
-
-
-def _spread(x: Tensor) -> float:
-    """The root mean square over channels of the samples' means around their mean, in the channel's deviations."""
-    if x.dim() < 2 or len(x) < 2:
-        return math.nan
-    values = x.double().flatten(2) if x.dim() > 2 else x.double().unsqueeze(2)
-    between = values.mean(2).var(0)
-    total = values.var((0, 2), correction=0)
-    known = total > 1e-12 * total.max()
-    return float((between[known] / total[known]).mean().sqrt()) if known.any() else math.nan
 
 
 def _fails_at_one(subject: Subject) -> str | None:
@@ -278,15 +134,15 @@ def _small(module: nn.Module, x: Tensor) -> Small:
         except (ValueError, RuntimeError):
             return "fails"
     one, other = outputs
-    return "works" if not isinstance(one, Tensor) or _differ([one], [other]) else "erases"
+    return "works" if not isinstance(one, Tensor) or differ([one], [other]) else "erases"
 
 
-def _joined(subject: Subject, training: _Watch, evaluation: _Watch) -> tuple[Layer, ...]:
+def _joined(subject: Subject, training: Watch, evaluation: Watch) -> tuple[Layer, ...]:
     found = []
     for name in dict.fromkeys([*training.mixing, *evaluation.mixing]):
         module = subject.model.get_submodule(name)
         scope = scope_of(module)
-        mixes = [watch.mixing.get(name) for watch in (training, evaluation)]
+        mixes = [watch.mixing.get(name, False) for watch in (training, evaluation)]
         seen = None not in mixes
         if not seen:
             by_kind = scope == "batch"
