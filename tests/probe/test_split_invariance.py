@@ -15,7 +15,9 @@ from probe.models import small
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("scheme", ["gn", "ws+gn", "in", "pn", "kn", "lcn(window=5)", "frn", "evos0", "nf", "frozenbn"])
+@pytest.mark.parametrize(
+    "scheme", ["gn:auto", "ws+gn:auto", "in", "pn", "kn", "lcn(window=5)", "frn", "evos0:auto", "nf", "frozenbn"]
+)
 @pytest.mark.parametrize("micro", [1, 2])
 def test_single_samples_give_the_gradient_of_the_batch(scheme: str, micro: int) -> None:
     found = split_invariance(anybatch.create_model("resnet8", scheme, num_classes=3), X, micro=micro)

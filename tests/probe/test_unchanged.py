@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def _used(model: nn.Module) -> nn.Module:
     next(model.parameters()).requires_grad_(False)
     list(model.modules())[-1].eval()
     model.register_forward_hook(lambda *_: None)
-    list(model.children())[0].register_full_backward_hook(lambda *_: None)
+    list(model.children())[-1].register_full_backward_hook(lambda *_: None)
     return model
 
 
@@ -38,19 +39,15 @@ def test_a_model_is_unchanged_by_a_probe(name: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBES)
-@pytest.mark.parametrize("works", [0, 1, 3])
+@pytest.mark.parametrize("works", [0, 1])
 def test_a_model_is_unchanged_by_a_probe_that_fails(name: str, works: int) -> None:
     model = Fails(10**6)
     _used(model)
     model.left[0] = works
+    x = torch.randn(4, 3, 32, 32)
     before = state(model)
-    try:
-        PROBES[name](model, torch.randn(4, 3, 32, 32))
-    except ValueError as error:
-        assert "no more" in str(error)
-    else:
-        assert name in ("tile_consistency", "elimination_singularities", "signal_propagation", "split_invariance")
-        assert works
+    with pytest.raises(ValueError, match="no more"):
+        PROBES[name](model, x)
     assert_unchanged(before, state(model))
 
 
@@ -69,7 +66,7 @@ def test_whatever_happens_inside_is_put_back() -> None:
             model[1].running_mean = torch.ones(8)
             model[1].register_buffer("more", torch.ones(1))
             model[2] = nn.GELU()
-            model.register_forward_hook(lambda *_: None)
+            model.register_forward_pre_hook(lambda *_: None)
             random.random()
             np.random.rand()
             raise KeyError("left by an exception")
@@ -82,14 +79,16 @@ def test_whatever_happens_inside_is_put_back() -> None:
 def test_frozen_batchnorm_stays_frozen() -> None:
     model = anybatch.create_model("resnet8", "bn", num_classes=4).train()
     freeze_batchnorm(model)
+    x = torch.randn(4, 3, 32, 32)
     before = state(model)
-    found = probe.batch_dependence(model, torch.randn(4, 3, 32, 32))
+    found = probe.batch_dependence(model, x)
     assert not found.mixes_in_training
     assert_unchanged(before, state(model))
 
 
 def test_models_that_cannot_be_put_back_are_refused() -> None:
-    scripted = torch.jit.trace(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8))
+    with warnings.catch_warnings(action="ignore"):  # of its end
+        scripted = torch.jit.trace(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match="scripted"):
         probe.batch_dependence(scripted, torch.randn(2, 3, 8, 8))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="run the model on one batch first"):
@@ -107,5 +106,5 @@ def test_inputs_that_no_probe_takes_are_refused(name: str) -> None:
         run(model, [torch.randn(3, 8, 8), torch.randn(3, 9, 8)])
     with pytest.raises(ValueError, match="not finite"):
         run(model, torch.full((4, 3, 32, 32), torch.nan))
-    with pytest.raises(ValueError, match=r"fails on x of shape \(4, 5, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"fails on x of shape \(\d, 5, 32, 32\)"):
         run(model, torch.randn(4, 5, 32, 32))

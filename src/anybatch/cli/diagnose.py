@@ -30,6 +30,8 @@ PROBES = (
     "smoothness",
 )
 USUAL = ("batch_dependence", "split_invariance", "signal_propagation")
+MOST = {"split_invariance": 4, "tile_consistency": 2, "smoothness": 4}
+"""Samples that probes which run a model many times, or on large images, take at most."""
 COLORS = {"fault": "red", "warning": "yellow", "note": "blue", "good": "green"}
 
 
@@ -48,7 +50,7 @@ def diagnose(
         typer.Option(help=f"Probes to run, of {', '.join(PROBES)}; by default {', '.join(USUAL)}.", show_default=False),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=2, help="Samples to probe with; what a norm would see.")
+        int, typer.Option("--batch-size", "-b", min=2, help="Samples to probe with: the batch that norms see.")
     ] = 8,
     size: Annotated[
         str | None, typer.Option(help="Of the images: 224 or 3x224x224; the network's own by default.")
@@ -65,7 +67,8 @@ def diagnose(
 ) -> None:
     """Is a model free of its batch, and is its signal healthy? Findings with what to do, and a page with figures.
 
-    Inputs are standard normal unless --data names real ones. Exit code 1 if a probe could not run.
+    Inputs are standard normal unless --data names real ones. Probes that run a model many times take fewer samples than
+    --batch-size. Exit code 1 if a probe could not run.
     """
     import torch
 
@@ -182,9 +185,14 @@ def _entry(name: str, found: Named, x: Tensor, labels: Tensor | None, untrained:
     from anybatch.report.diagnosis import Entry
 
     run = getattr(probes, name)
-    given = {"labels": labels} if "labels" in inspect.signature(run).parameters else {}
-    if name == "tile_consistency":
-        x = _larger(x)
+    n = MOST.get(name, len(x))
+    x = _larger(x[:n]) if name == "tile_consistency" else x[:n]
+    given: dict[str, Any] = {}
+    if "labels" in inspect.signature(run).parameters:
+        given["labels"] = None if labels is None else labels[:n]
+    if name == "split_invariance":  # in float64 where the model's own dtype says too little
+        dtypes = [p.dtype for p in found.model.parameters() if p.is_floating_point()]
+        given["double"] = any(dtype.itemsize < 4 for dtype in dtypes)
     begun = time.perf_counter()
     result, before, error = None, None, ""
     with err.status(f"{i} of {total}: {name.replace('_', ' ')}"):
@@ -201,15 +209,15 @@ def _entry(name: str, found: Named, x: Tensor, labels: Tensor | None, untrained:
 
 
 def _larger(x: Tensor) -> Tensor:
-    """At most two images, resized so that the smallest map of a tile still is one."""
+    """Images resized so that the smallest map of a tile still is one."""
     import torch.nn.functional as F
 
     if x.dim() != 4 or min(x.shape[-2:]) >= 384:
-        return x[:2]
+        return x
     scale = 384 / min(x.shape[-2:])
     if (x.mean(dim=(1, 2, 3)).abs() < 0.1).all() and x.std() > 0.9:  # noise keeps its variance where it is repeated
-        return F.interpolate(x[:2], scale_factor=scale, mode="nearest")
-    return F.interpolate(x[:2], scale_factor=scale, mode="bilinear", antialias=True)
+        return F.interpolate(x, scale_factor=scale, mode="nearest")
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True)
 
 
 def _options(given: dict[str, Any]) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from anybatch.probe.layers import CONVS, Scope, scope_of, values_of
+from anybatch.methods.common import widened
+from anybatch.probe.layers import CONVS, Scope, layers, scope_of, values_of
 from anybatch.probe.mixing import Watch, differ
 from anybatch.probe.result import Cell, Finding, Result, Table, few, many
-from anybatch.probe.subject import SEED, Subject, probing
+from anybatch.probe.subject import SEED, Subject, probing, seeing
 
 Small = Literal["works", "fails", "erases"]
 """Of a layer on a batch of one: erases where any input gives the same output."""
@@ -98,7 +99,7 @@ def batch_dependence(model: nn.Module, x: Any) -> BatchDependence:
         training, evaluation = Watch(subject, "training"), Watch(subject, "evaluation")
         mixing = training.run(), evaluation.run()
         fails = _fails_at_one(subject)
-        found = _joined(subject, training, evaluation)
+        found = _joined(subject, training, evaluation, _survey(subject))
     return BatchDependence(
         batch_size=len(subject.x),
         layers=found,
@@ -137,7 +138,47 @@ def _small(module: nn.Module, x: Tensor) -> Small:
     return "works" if not isinstance(one, Tensor) or differ([one], [other]) else "erases"
 
 
-def _joined(subject: Subject, training: Watch, evaluation: Watch) -> tuple[Layer, ...]:
+@dataclass(frozen=True)
+class _Taken:
+    """What a norm took, of all samples, when it was called first."""
+
+    like: Tensor
+    """Of its shape, dtype and device."""
+    spread: float
+    """The root mean square over channels of how far samples' means lie apart, in the channel's deviations."""
+
+
+def _survey(subject: Subject) -> dict[str, _Taken]:
+    taken: dict[str, _Taken] = {}
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name not in taken and args and isinstance(args[0], Tensor) and args[0].numel():
+            x = args[0]
+            taken[name] = _Taken(
+                x.new_empty(()).expand(x.shape), _spread(x) if scope_of(module) == "batch" else math.nan
+            )
+
+    names = [name for name, module in layers(subject.model) if scope_of(module) not in (None, "nothing")]
+    subject.set_mode("training")
+    torch.manual_seed(SEED)
+    with seeing(subject.model, names, lambda *_: None, before=before):
+        subject.run(subject.x)
+    return taken
+
+
+def _spread(x: Tensor) -> float:
+    if x.dim() < 2 or len(x) < 2:
+        return math.nan
+    wide = widened(x).flatten(2) if x.dim() > 2 else widened(x).unsqueeze(2)
+    within, means = torch.var_mean(wide, 2, correction=0)
+    between = means.double().var(0, correction=0)
+    total = between + within.double().mean(0)
+    known = total > 1e-12 * total.max()
+    unbiased = len(x) / (len(x) - 1)
+    return float((unbiased * between[known] / total[known]).mean().sqrt()) if known.any() else math.nan
+
+
+def _joined(subject: Subject, training: Watch, evaluation: Watch, taken: dict[str, _Taken]) -> tuple[Layer, ...]:
     found = []
     for name in dict.fromkeys([*training.mixing, *evaluation.mixing]):
         module = subject.model.get_submodule(name)
@@ -150,12 +191,7 @@ def _joined(subject: Subject, training: Watch, evaluation: Watch) -> tuple[Layer
             mixes = [by_kind, by_kind and not tracks]
         if scope is None and not any(mixes):
             continue
-        x = training.inputs.get(name)
-        facts = (
-            {}
-            if x is None or scope in (None, "nothing")
-            else _facts(module, x, scope, training.spread[name], len(subject.x))
-        )
+        facts = _facts(module, taken[name], scope) if name in taken and scope is not None else {}
         found.append(
             Layer(
                 name=name or "(the model itself)",
@@ -170,7 +206,8 @@ def _joined(subject: Subject, training: Watch, evaluation: Watch) -> tuple[Layer
     return tuple(found)
 
 
-def _facts(module: nn.Module, x: Tensor, scope: Scope, spread: float, n: int) -> dict[str, Any]:
+def _facts(module: nn.Module, taken: _Taken, scope: Scope) -> dict[str, Any]:
+    x, spread = taken.like, taken.spread
     # Behind the channels; layers of one position have theirs last.
     last = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
     positions = math.prod(x.shape[1:-1] if last else x.shape[2:])

@@ -60,6 +60,8 @@ def scope_of(module: nn.Module) -> Scope | None:
     """
     if "FrozenBatchNorm" in type(module).__name__:
         return "nothing"
+    if isinstance(module, (EvoNormB0, EvoNormS0)) and not module.apply_act:
+        return "nothing"
     for kinds, scope in _SCOPES:
         if isinstance(module, kinds):
             return scope

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.probe.layers import is_row_by_row, layers, scope_of
+from anybatch.probe.layers import is_row_by_row, layers
 from anybatch.probe.subject import SEED, Mode, Subject, seeing, tensors_in
 
 
 class Watch:
-    """One mode: which layers and blocks mix, and what norms took."""
+    """One mode: which layers and blocks mix the first samples."""
 
-    def __init__(self, subject: Subject, mode: Mode) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, mode: Mode, samples: int = 2) -> None:
+        self.subject, self.x = subject, subject.x[:samples]
         self.mode: Mode = mode
         self.kinds = dict(layers(subject.model))
-        self.norms = {name for name, module in self.kinds.items() if scope_of(module) is not None}
         self.mixing: dict[str, bool | None] = {}
         """By layer, in the order of calls; None where its rows are not the samples."""
-        self.inputs: dict[str, Tensor] = {}
-        """Of each norm, the first."""
-        self.spread: dict[str, float] = {}
+        self._taken: dict[str, tuple[Any, ...]] = {}
         self._buffers: dict[str, list[Tensor]] = {}
         self._calls: list[tuple[str, list[float], list[float]]] = []
         self._inside = False
 
     def run(self) -> bool:
         """Whether the model mixes samples in this mode."""
-        x, again = self.subject.x, _exchanged(self.subject.x, 1)
+        x, again = self.x, _exchanged(self.x, 1)
         watched = [name for name, module in self.kinds.items() if not is_row_by_row(module)]
         one = self._pass(x, watched, self._replay, self._note)
         mixes = differ(one, self._pass(again))
@@ -60,13 +56,11 @@ class Watch:
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._buffers[name] = [b.clone() for b in module.buffers()]
-        if name in self.norms and name not in self.inputs and args and isinstance(args[0], Tensor) and args[0].numel():
-            self.inputs[name] = args[0].clone()
-            self.spread[name] = _spread(args[0])
+        self._taken[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # some overwrite it
 
     def _replay(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        args, n = self._taken.pop(name), len(self.x)
         tensors = [a for a in args if isinstance(a, Tensor) and a.dim() > 1]
-        n = len(self.subject.x)
         rows = len(tensors[0]) if tensors else 0
         if not rows or rows % n or any(len(t) != rows for t in tensors):
             self.mixing.setdefault(name, None)
@@ -75,10 +69,6 @@ class Watch:
             return
         self._inside = True
         after, state = [b.clone() for b in module.buffers()], torch.get_rng_state()
-        # What overwrites its input shows only the result; layers that do are functions of each value.
-        args = (
-            (self.inputs[name], *args[1:]) if name in self.inputs and self.inputs[name].shape == args[0].shape else args
-        )
         given = [args, tuple(_exchanged(a, rows // n) if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)]
         found = []
         for arguments in given:
@@ -94,7 +84,7 @@ class Watch:
         self._inside = False
 
     def _trace(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        n = len(self.subject.x)
+        n = len(self.x)
         taken, given = _first(args, n, False), _first(output, n, self.subject.detector)
         self._calls.append((name, _fingerprint(taken), _fingerprint(given)))
 
@@ -137,7 +127,7 @@ def differ(one: list[Tensor], other: list[Tensor]) -> bool:
         apart = ~((a == b) | (a.isnan() & b.isnan()))
         if apart.any():
             size = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_ones(())
-            if not bool(((a - b)[apart].abs() <= 100 * torch.finfo(a.dtype).eps * size).all()):
+            if not bool(((a - b)[apart].abs() <= 8 * torch.finfo(a.dtype).eps * size).all()):
                 return True
     return False
 
@@ -145,14 +135,3 @@ def differ(one: list[Tensor], other: list[Tensor]) -> bool:
 def _fingerprint(tensors: list[Tensor]) -> list[float]:
     wide = [t.double() for t in tensors]
     return [float(v) for t in wide for v in (t.sum(), t.square().sum(), t.abs().amax() if t.numel() else t.sum())]
-
-
-def _spread(x: Tensor) -> float:
-    """The root mean square over channels of the samples' means around their mean, in the channel's deviations."""
-    if x.dim() < 2 or len(x) < 2:
-        return math.nan
-    values = x.double().flatten(2) if x.dim() > 2 else x.double().unsqueeze(2)
-    between = values.mean(2).var(0)
-    total = values.var((0, 2), correction=0)
-    known = total > 1e-12 * total.max()
-    return float((between[known] / total[known]).mean().sqrt()) if known.any() else math.nan
