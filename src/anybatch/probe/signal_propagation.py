@@ -190,7 +190,7 @@ def _measured(subject: Subject, names: list[str], loss: Loss | None) -> list[Blo
     first: list[tuple[Tensor, float, float]] = []
 
     def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not first and name in branches and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+        if not (first or kept) and name in branches and args and isinstance(args[0], Tensor) and args[0].requires_grad:
             first.append((args[0], *_moments(args[0])))
 
     def leave(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
