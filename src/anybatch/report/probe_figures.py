@@ -25,6 +25,8 @@ from anybatch.probe.batch_dependence import STEADY
 from anybatch.report.figures import COLORS, MARKERS, STYLE, blank
 
 BLUE, ORANGE, GREEN = COLORS[:3]
+WIDTH = 10.4
+"""In inches, at which letters on the page are as large as its text."""
 _LEAST = 1e-18
 """Where a logarithmic axis shows 0."""
 
@@ -46,7 +48,7 @@ def _(result: BatchDependence, before: Result | None = None) -> Figure | None:
     if not norms:
         return None
     with mpl.rc_context(STYLE):
-        figure = blank(8.4, 3.2)
+        figure = blank(WIDTH, 3.2)
         ax = figure.subplots()
         ax.set_title(f"standard error of each norm's mean at a batch of {result.batch_size}, in standard deviations")
         ax.plot(
@@ -64,7 +66,7 @@ def _(result: BatchDependence, before: Result | None = None) -> Figure | None:
 @drawn.register
 def _(result: SplitInvariance, before: Result | None = None) -> Figure | None:
     with mpl.rc_context(STYLE):
-        figure = blank(8.4, 3.2)
+        figure = blank(WIDTH, 3.2)
         ax = figure.subplots()
         parts = f"{result.batch_size // result.micro} parts of {result.micro}"
         ax.set_title(f"relative difference of gradients, a batch of {result.batch_size} against {parts}")
@@ -84,15 +86,15 @@ def _(result: SplitInvariance, before: Result | None = None) -> Figure | None:
 @drawn.register
 def _(result: TileConsistency, before: Result | None = None) -> Figure | None:
     with mpl.rc_context(STYLE):
-        figure = blank(8.4, 3.5)
+        figure = blank(WIDTH, 3.5)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-        left.set_title("error map of a tile")
+        left.set_title("error map, over the output's size")
         shown = result.error_map.clamp_min(1e-8).numpy()
         image = left.imshow(shown, cmap="viridis", norm=LogNorm(1e-8, 1.0))
         left.grid(False)
         left.set_xticks([])
         left.set_yticks([])
-        figure.colorbar(image, ax=left, label="over the output's size")
+        figure.colorbar(image, ax=left)
         right.set_title("mean error by distance from the tile's edge")
         right.plot([max(v, 1e-8) for v in result.profile], color=BLUE, marker=MARKERS[0], ms=4)
         right.set_yscale("log")
@@ -109,7 +111,7 @@ def _(result: SignalPropagation, before: Result | None = None) -> Figure | None:
     if isinstance(before, SignalPropagation):
         runs.append(("before training", before, {"color": GREEN, "marker": MARKERS[2], "ms": 4, "linestyle": ":"}))
     with mpl.rc_context(STYLE):
-        figure = blank(8.4, 5.6)
+        figure = blank(WIDTH, 5.6)
         axes = figure.subplots(2, 2, sharex=True)
         panels = (
             ("average channel squared mean", "squared_mean"),
@@ -147,7 +149,7 @@ def _(result: SignalPropagation, before: Result | None = None) -> Figure | None:
 @drawn.register
 def _(result: EliminationSingularities, before: Result | None = None) -> Figure | None:
     with mpl.rc_context(STYLE):
-        figure = blank(8.4, 3.7)
+        figure = blank(WIDTH, 3.7)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
         left.set_title("channels: mean and deviation")
         depth = [i for i, layer in enumerate(result.layers) for _ in layer.means]
@@ -173,7 +175,7 @@ def _(result: EliminationSingularities, before: Result | None = None) -> Figure 
 @drawn.register
 def _(result: Smoothness, before: Result | None = None) -> Figure | None:
     with mpl.rc_context(STYLE):
-        figure = blank(8.4, 3.4)
+        figure = blank(WIDTH, 3.4)
         axes = figure.subplots(1, 3 if result.layers else 2, width_ratios=(1, 1, 1.5) if result.layers else (1, 1))
         lengths = [s.length for s in result.steps]
         loss, change = axes[:2]
