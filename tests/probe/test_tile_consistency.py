@@ -129,3 +129,19 @@ def test_a_model_without_maps_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no map in the model"):
         tile_consistency(Flat(), X)
+
+
+def test_padding_and_permuting_are_no_statistics() -> None:
+    class LastChannels(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1)
+
+    class FirstChannels(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 3, 1, 2)
+
+    pad = nn.ZeroPad2d((1, 2, 1, 2))
+    model = nn.Sequential(pad, small(nn.BatchNorm2d), LastChannels(), nn.LayerNorm(8), FirstChannels())
+    found = tile_consistency(model, X)
+    assert not any(x.reach == "global" for x in found.layers)
+    assert not any(f.level == "warning" for f in found.findings)

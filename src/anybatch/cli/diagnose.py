@@ -234,7 +234,7 @@ def _print(console: Console, entries: list[Entry], page: Path) -> None:
     from anybatch.report.diagnosis import findings
 
     for name, finding in findings(entries):
-        fix = f" [bold]{escape(finding.fix)}[/]" if finding.fix else ""
+        fix = f" → [bold]{escape(finding.fix)}[/]" if finding.fix else ""
         color = COLORS[finding.level]
         line = f"[{color}]{finding.level:8}[/]{escape(finding.text)}{fix} [dim]({name.replace('_', ' ')})[/]"
         console.print(line, highlight=False, soft_wrap=True)

@@ -209,7 +209,7 @@ def _joined(subject: Subject, training: Watch, evaluation: Watch, taken: dict[st
 def _facts(module: nn.Module, taken: _Taken, scope: Scope) -> dict[str, Any]:
     x, spread = taken.like, taken.spread
     # Behind the channels; layers of one position have theirs last.
-    last = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    last = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and "2d" not in type(module).__name__
     positions = math.prod(x.shape[1:-1] if last else x.shape[2:])
     one = x.shape[-1:] if last else x.shape[1:2]
     single = (1, *(1 for _ in x.shape[1:-1]), *one) if last else (1, *one, *(1 for _ in x.shape[2:]))

@@ -323,8 +323,8 @@ def _findings(found: list[Block]) -> list[Finding]:
                 f"The variance behind {len(missed)} of {many(len(known), 'block')} is over {100 * APART:.0f} % off "
                 f"what the bookkeeping expects ({few([b.name for b in missed])}), so that branches take a signal of "
                 f"another size than 1.",
-                "measure on inputs of mean 0 and variance 1; pooled shortcuts lose variance, which pool_gain=2 gives "
-                "back on noise.",
+                "measure on inputs of mean 0 and variance 1; padding of small maps takes variance, and so do pooled "
+                "shortcuts, to which pool_gain=2 gives it back on noise.",
             )
         )
     elif known:
