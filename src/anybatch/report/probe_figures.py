@@ -70,7 +70,8 @@ def _(result: SplitInvariance, before: Result | None = None) -> Figure | None:
         ax = figure.subplots()
         parts = f"{result.batch_size // result.micro} parts of {result.micro}"
         ax.set_title(f"relative difference of gradients, a batch of {result.batch_size} against {parts}")
-        values = [max(x.relative, _LEAST) for x in result.layers]
+        least = 1e-17 if result.dtype == "float64" else 1e-9
+        values = [max(x.relative, least) for x in result.layers]
         ax.plot(values, color=BLUE, marker=MARKERS[0], ms=3, linewidth=1)
         limit = result.tolerance
         ax.axhline(limit, color="#555555", linestyle="--", linewidth=1)
@@ -136,7 +137,7 @@ def _(result: SignalPropagation, before: Result | None = None) -> Figure | None:
             if known and max(known) / min(known) > 20:
                 ax.set_yscale("log")
             elif known:
-                ax.set_ylim(0, None)
+                ax.set_ylim(0, 1.1 * max(known))
             else:
                 ax.text(0.5, 0.5, "no residual branch", ha="center", transform=ax.transAxes, color="#555555")
             if len(ax.get_lines()) > 1:
