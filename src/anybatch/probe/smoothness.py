@@ -256,7 +256,7 @@ def _findings(
             )
         )
     if filters:
-        both = f"{100 * mean:.2g} % by centering and {100 * radial:.2g} % by scaling"
+        both = f"{100 * mean:.1f} % by centering and {100 * radial:.1f} % by scaling"
         told.append(
             Finding("note", f"Standardized filters remove {both} of the squared gradient here.")
             if standardized
