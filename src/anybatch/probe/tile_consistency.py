@@ -240,10 +240,11 @@ def _compared(
         )
     name, shape = large[-1]
     stride = H / shape[-2]
-    # Tiles begin where every stride of the model does, the largest being that of its smallest map.
-    deepest = max(2 ** math.ceil(math.log2(H / s[-2])) for _, s in maps if s[-2] > 1)
-    step = min(max(deepest, 1), max(min(H - sides[0], W - sides[1]), 1))
-    top, left = ((full - side) // 2 // step * step for full, side in zip((H, W), sides, strict=True))
+    # Tiles begin where every stride in front of the map does, the largest being that of the smallest map there.
+    last = max(i for i, (of, _) in enumerate(maps) if of == name)
+    deepest = max(2 ** round(math.log2(H / s[-2])) for _, s in maps[: last + 1] if s[-2] > 1)
+    step = min(max(deepest, 1), H - sides[0], W - sides[1])
+    top, left = (max((full - side) // 2 // step, 1) * step for full, side in zip((H, W), sides, strict=True))
     whole = _map_of(subject, name, subject.x)
     made = _map_of(subject, name, subject.x[..., top : top + sides[0], left : left + sides[1]])
     begin = [round(top / stride), round(left / (W / shape[-1]))]

@@ -100,7 +100,7 @@ def _(result: TileConsistency, before: Result | None = None) -> Figure | None:
         right.plot([max(v, 1e-8) for v in result.profile], color=BLUE, marker=MARKERS[0], ms=4)
         right.set_yscale("log")
         right.set_ylim(5e-9, 3)
-        right.set_xlabel(f"positions of {result.stride:g} x {result.stride:g} pixels")
+        right.set_xlabel(f"positions of {result.stride:.3g} x {result.stride:.3g} pixels")
     return figure
 
 
