@@ -202,7 +202,7 @@ def feeding_layer(graphs: Graphs, norm: nn.Module) -> nn.Module | str:
         if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
             source = source.args[0] if source.args else None
             continue
-        if module is None or not _takes(module):
+        if module is None or not takes_filters(module):
             return f"its input is no linear layer's: {_shown(source)}"
         reason = changed(module) or graphs.obstacle(module)
         return module if reason is None else f"{source.target} feeds it, and {reason}"
@@ -227,7 +227,7 @@ def _varying(norm: nn.Module) -> str | None:
     return "it keeps no running averages, and takes statistics of each batch"
 
 
-def _takes(module: nn.Module) -> bool:
+def takes_filters(module: nn.Module) -> bool:
     """Whether it is affine in its filters and biases as torch's layers are, and nothing more."""
     kind = next((kind for kind in type(module).__mro__ if kind in _PLAIN), None)
     if kind is None:

@@ -30,6 +30,10 @@ class Graphs:
         """The module that a node calls; None for everything else."""
         return self._called.get(node) if isinstance(node, fx.Node) else None
 
+    def calls(self, module: nn.Module) -> list[fx.Node]:
+        """Every call of a module."""
+        return self._calls.get(id(module), [])
+
     def call(self, module: nn.Module) -> fx.Node:
         """The first call of a module that is called."""
         return self._calls[id(module)][0]
