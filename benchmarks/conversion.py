@@ -26,7 +26,7 @@ from anybatch.data import Images, Split
 from anybatch.recipe import Data
 from anybatch.step import training_loss
 
-WIDTH = 32
+WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Task:
 
 
 TASKS = {
-    "fashion-mnist": Task(20000, 3, ("flip",)),
-    "cifar10": Task(20000, 5, ("crop", "flip")),
+    "fashion-mnist": Task(16000, 3, ("flip",)),
+    "cifar10": Task(16000, 4, ("crop", "flip")),
 }
 
 

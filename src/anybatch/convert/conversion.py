@@ -181,7 +181,7 @@ def _learned(
 
     with evaluating(old, new):
         left = fit_norms(
-            old, new, plan.fitted, together(batches), choose=target.groups == "auto", tell=phase("calibrate")
+            old, new, plan.fitted, together(batches), choose=target.chooses, tell=phase("calibrate")
         )
         if distill:
             match_outputs(old, new, batches, distill, tell=phase("distill"))

@@ -67,9 +67,21 @@ class Target:
         return made
 
     @property
+    def free_groups(self) -> bool:
+        """Whether its norm has groups of which the scheme does not say the number."""
+        make: Any = _of_dims(self.scheme.norm_act or self.scheme.norm, 2)
+        told: dict[str, Any] = make.keywords if isinstance(make, partial) else {}
+        return told.get("num_groups") == _DEFAULT_GROUPS and told.get("group_size") is None
+
+    @property
     def inside(self) -> bool:
         """Whether convolutions do what the norm did, and none stands behind them."""
         return self.scheme.norm is None and self.scheme.norm_act is None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether calibration may choose the number of groups."""
+        return not self.inside and self.free_groups and self.groups == "auto"
 
     @property
     def reads_graph(self) -> bool:
@@ -103,8 +115,7 @@ class Target:
     def _norm(self, channels: int, dims: int, act: bool, **like: Any) -> nn.Module:
         slot = self.scheme.norm_act or self.scheme.norm
         make = _of_dims(slot, dims)
-        told: dict[str, Any] = make.keywords if isinstance(make, partial) else {}
-        if told.get("num_groups") == _DEFAULT_GROUPS and told.get("group_size") is None:
+        if self.free_groups:
             like["num_groups"] = self.groups
         if self.scheme.norm_act is not None:
             like["apply_act"] = act
