@@ -12,19 +12,26 @@ every way. Trained networks are kept, rows that are there already are not made a
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import math
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import anybatch
 from anybatch import data
+from anybatch.convert import convert_batchnorm
 from anybatch.data import Images, Split
 from anybatch.recipe import Data
-from anybatch.step import training_loss
+from anybatch.rows import append
+from anybatch.step import evaluate, training_loss
 
 WIDTH = 16
 
@@ -107,8 +114,137 @@ def train(name: str, root: str, seed: int, out: Path) -> None:
     fit(model, split.train, batch=128, steps=steps, lr=0.15, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), kept_at(out, name, seed))
-    right = 1 - anybatch.step.evaluate(model, split.val)[0]
-    print(f"{name} seed {seed}: {right:.2%} in {time.process_time() - started:.0f} s", flush=True)
+    print(f"{name} seed {seed}: {right(model, split.val):.2%} in {time.process_time() - started:.0f} s", flush=True)
+
+
+class Annealed(nn.Module):
+    """BatchNorm's constants first, the new norm in the end, and a straight line between them over some steps."""
+
+    def __init__(self, frozen: nn.Module, norm: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.frozen, self.norm, self.steps, self.step = frozen, norm, steps, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = min(self.step / self.steps, 1.0)
+        self.step += self.training
+        y = self.norm(x)
+        return y if share == 1 else torch.lerp(self.frozen(x), y, share)
+
+
+def annealed(model: nn.Module, converted: nn.Module, steps: int) -> nn.Module:
+    frozen = dict(convert_batchnorm(model, "frozen").named_modules())
+    for name, old in model.named_modules():
+        if isinstance(old, nn.BatchNorm2d):
+            parent, _, key = name.rpartition(".")
+            owner = converted.get_submodule(parent)
+            setattr(owner, key, Annealed(frozen[name], getattr(owner, key), steps))
+    return converted
+
+
+def fresh(model: nn.Module, to: str) -> nn.Module:
+    """As whoever exchanges layers by hand: new norms as they are made."""
+    converted = convert_batchnorm(model, to)
+    names = {name for name, old in model.named_modules() if isinstance(old, nn.BatchNorm2d)}
+    for name, norm in converted.named_modules():
+        if name in names:
+            norm.reset_parameters()  # pyright: ignore[reportCallIssue]
+    return converted
+
+
+FINE_TUNING = 300  # steps at batch 2
+
+Way = Callable[[nn.Module, str, list[Tensor]], nn.Module]
+WAYS: dict[str, Way] = {
+    "fresh norms": lambda model, to, images: fresh(model, to),
+    "scale and shift copied": lambda model, to, images: convert_batchnorm(model, to),
+    "calibrated, 8 groups": lambda model, to, images: convert_batchnorm(model, to, calibrate=images, groups=8),
+    "calibrated, groups chosen": lambda model, to, images: convert_batchnorm(model, to, calibrate=images),
+    "and 200 steps without labels": lambda model, to, images: convert_batchnorm(
+        model, to, calibrate=images, distill=200
+    ),
+    "calibrated and annealed": lambda model, to, images: annealed(
+        model, convert_batchnorm(model, to, calibrate=images), FINE_TUNING // 2
+    ),
+}
+CONSTANT: dict[str, Way] = {
+    "BatchNorm kept": lambda model, to, images: copy.deepcopy(model),
+    "frozen": lambda model, to, images: convert_batchnorm(model, "frozen"),
+}
+
+
+def convert(name: str, root: str, seed: int, out: Path) -> None:
+    """Rows of one trained network: accuracy after each way of converting it, and after fine-tuning."""
+    path = out / "rows.jsonl"
+    done = {(r["data"], r["seed"], r["to"], r["way"]) for r in read_rows(path)}
+    split = split_of(name, root)
+    model = network(split)
+    model.load_state_dict(torch.load(kept_at(out, name, seed), weights_only=True))
+    model.eval()
+    original = right(model, split.val)
+    images = list(plain(split.train, 512).split(2))
+    for to, way, make in [
+        *(("bn", way, make) for way, make in CONSTANT.items()),
+        *((to, way, make) for to in ("gn", "ws+gn") for way, make in WAYS.items()),
+    ]:
+        if (name, seed, to, way) in done:
+            continue
+        torch.manual_seed(seed)
+        started = time.process_time()
+        converted = make(model, to, images)
+        row = {"data": name, "seed": seed, "to": to, "way": way, "original": original}
+        row["seconds"] = round(time.process_time() - started, 1)
+        row["converted"] = right(converted, split.val)
+        fit(converted, split.train, batch=2, steps=FINE_TUNING, lr=0.003, seed=seed)
+        row["fine_tuned"] = right(converted, split.val)
+        append(path, row)
+        print(json.dumps(row), flush=True)
+
+
+def right(model: nn.Module, images: Images) -> float:
+    return 1 - evaluate(model, images)[0]
+
+
+def plain(images: Images, count: int) -> Tensor:
+    """The first training images without augmentation."""
+    state = images._shift, images._flip
+    try:
+        images._shift, images._flip = 0, False
+        return images.__getitems__(range(count))[0]
+    finally:
+        images._shift, images._flip = state
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(out: Path) -> str:
+    """Means over the seeds, in % of the test images, and the share of the original's accuracy that is kept."""
+    rows = read_rows(out / "rows.jsonl")
+    lines = []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        mine = [row for row in rows if row["data"] == name]
+        seeds = sorted({row["seed"] for row in mine})
+        trained = statistics.mean(next(r["original"] for r in mine if r["seed"] == seed) for seed in seeds)
+        lines += [
+            f"## {name}",
+            "",
+            f"Trained with BatchNorm: {trained:.1%} (mean of {len(seeds)} seeds).",
+            "",
+            "| to | | converted | kept | after fine-tuning at batch 2 | kept |",
+            "|---|---|---|---|---|---|",
+        ]
+        for to, way in dict.fromkeys((row["to"], row["way"]) for row in mine):
+            group = [row for row in mine if (row["to"], row["way"]) == (to, way)]
+            told = [to, way]
+            for key in ("converted", "fine_tuned"):
+                values = [row[key] for row in group]
+                kept = statistics.mean(row[key] / row["original"] for row in group)
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                told += [f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}", f"{100 * kept:.1f}"]
+            lines.append("| " + " | ".join(told) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -120,8 +256,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.do == "train":
-        train(given.data, given.root, given.seed, given.out)
+    if given.do == "table":
+        print(table(given.out))
+        return
+    (train if given.do == "train" else convert)(given.data, given.root, given.seed, given.out)
 
 
 if __name__ == "__main__":
