@@ -194,7 +194,7 @@ def convert(name: str, root: str, seed: int, out: Path) -> None:
         row = {"data": name, "seed": seed, "to": to, "way": way, "original": original}
         row["seconds"] = round(time.process_time() - started, 1)
         row["converted"] = right(converted, split.val)
-        fit(converted, split.train, batch=2, steps=FINE_TUNING, lr=0.003, seed=seed)
+        fit(converted, split.train, batch=2, steps=FINE_TUNING, lr=0.0005, seed=seed)
         row["fine_tuned"] = right(converted, split.val)
         append(path, row)
         print(json.dumps(row), flush=True)

@@ -165,7 +165,8 @@ def test_every_target_takes_a_batch_of_one_and_leaves_no_batchnorm(to: str, net:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("to", [to for to in TARGETS if to != "frozen"])
+# Instance norm takes away how bright images are, which these tell of mostly, and no scale and shift give it back.
+@pytest.mark.parametrize("to", [to for to in TARGETS if to not in ("frozen", "in")])
 def test_calibration_comes_nearer(to: str, net: nn.Module, images: Tensor) -> None:
     copied = change(convert_batchnorm(net, to), net, images)
     made, report = convert_batchnorm(net, to, calibrate=[images], return_report=True)
@@ -321,8 +322,6 @@ def test_shared_and_list_held_norms(images: Tensor) -> None:
 @pytest.mark.parametrize("to", ["ws+gn", "frn", "lcn", "kn", "frozen"])
 def test_dimensions_and_kinds(conv: nn.Module, norm: nn.Module, x: Tensor, to: str) -> None:
     model = nn.Sequential(conv, norm, nn.ReLU()).eval()
-    if isinstance(norm, layers.SyncBatchNorm) and to in ("frn", "lcn"):
-        pytest.skip("nothing tells its dimensions")
     made, report = convert_batchnorm(model, to, calibrate=[x], return_report=True)
     assert list(report.replaced) == ["1"]
     if to == "frozen":

@@ -9,10 +9,12 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from anybatch.convert.batches import Batch, evaluating, taken, together
 from anybatch.convert.calibrate import drift, fit_norms
 from anybatch.convert.distill import match_outputs
+from anybatch.convert.out_of_place import make_out_of_place, overwrites
 from anybatch.convert.places import Place, held
 from anybatch.convert.plan import Plan, Planner
 from anybatch.convert.private import check_private, make_private
@@ -86,7 +88,8 @@ def convert_batchnorm(
       output comes to a new norm before it comes to other filters, which is read off a trace. Depthwise ones and those
       of prediction heads, behind which there is no norm, stay plain.
     - ``"frozen"`` makes constants of BatchNorm, which is exact.
-    - ``"kn"`` and ``"sws"`` have no norm: the convolution in front takes the place of both.
+    - ``"kn"`` and ``"sws"`` have no norm: the convolution in front takes the place of both. What a KNConv gives must not
+      be overwritten, so that activations in place and blocks that add in place change as for ``dp``.
     - Norms with an activation of their own (``"frn"``, ``"evos0"``) take the ReLU behind BatchNorm in. One that other
       places share, or that ``forward`` calls as a function, also stays behind them.
 
@@ -133,6 +136,8 @@ def convert_batchnorm(
     if dp and importlib.util.find_spec("opacus") is None:
         raise ImportError("dp=True needs Opacus: pip install 'anybatch[dp]'")
     old = bare(model)
+    if lazy := [name for name, tensor in (*old.named_parameters(), *old.named_buffers()) if is_lazy(tensor)]:
+        raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
     before = held(old)
     new = copy.deepcopy(old)
     places = held(new)
@@ -152,13 +157,15 @@ def convert_batchnorm(
     new = plan.swaps.get(id(new), new)
     told = _learned(old, new, plan, None if calibrate is None else taken(calibrate, old), target, distill, tell)
     report = _report(old, new, plan, target, told)
+    kept = any(getattr(layer, "keeps_output", False) for layer in plan.new.values())
     if dp:
         check_private(new)
     if inplace:
+        if (dp or kept) and overwrites(old):
+            raise ValueError("inplace=True cannot exchange the model's own forward, which overwrites tensors; leave it out")
         _graft(old, before, places, new, plan)
         new = old
-    if dp:
-        new = make_private(new)
+    new = make_private(new) if dp else make_out_of_place(new) if kept else new
     made = model if inplace and new is old else new
     return (made, report) if return_report else made
 

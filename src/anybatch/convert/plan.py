@@ -10,7 +10,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 import torch
-from torch.nn.parameter import is_lazy
 
 from anybatch.convert.fold import feeding_layer, takes_filters
 from anybatch.convert.graph import Graphs
@@ -88,17 +87,10 @@ class Planner:
         return self.names[id(module)]
 
     def made(self) -> Plan:
-        """The plan.
-
-        Raises:
-            ValueError: If a lazy layer has seen no input yet.
-        """
-        for module in (*self.norms, *self.convs):
-            if lazy := [key for key, tensor in module.state_dict(keep_vars=True).items() if is_lazy(tensor)]:
-                raise ValueError(
-                    f"{self.name(module)}.{lazy[0]} has no shape before the model has seen an input; call the model once"
-                )
-        self.graphs = self._traced() if self.target.reads_graph else []
+        """The plan."""
+        plain = all(isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d) for norm in self.norms)
+        by_dims = self.target.by_dims and not plain  # what feeds the others tells their dimensions
+        self.graphs = self._traced() if self.target.reads_graph or by_dims else []
         going: list[nn.Module] = []
         for norm in self.norms:
             reason = "excluded" if id(norm) in self.excluded else changed(norm) or own_forward(norm)
@@ -142,11 +134,10 @@ class Planner:
             self.plan.left[self.name(norm)] = str(error)
 
     def _dims(self, norm: nn.Module) -> int:
-        known = {nn.BatchNorm1d: 1, nn.BatchNorm3d: 3}
-        dims = next((n for kind, n in known.items() if isinstance(norm, kind)), None)
-        if dims is None and isinstance(norm, nn.SyncBatchNorm) and (feeder := self._feeder(norm)) is not None:
-            dims = len(getattr(feeder, "kernel_size", (1, 1)))
-        return dims or 2
+        known = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+        feeder = self._feeder(norm)
+        conv = len(feeder.kernel_size) if isinstance(feeder, _CONVS) else 2
+        return next((dims for kind, dims in known.items() if isinstance(norm, kind)), conv)
 
     def _feeder(self, norm: nn.Module) -> nn.Module | None:
         """What a norm's input comes from, whatever else takes it, where the trace shows a layer."""

@@ -84,6 +84,11 @@ class Target:
         return not self.inside and self.free_groups and self.groups == "auto"
 
     @property
+    def by_dims(self) -> bool:
+        """Whether its norm differs between data of 1, 2 and 3 dimensions."""
+        return isinstance(self.scheme.norm_act or self.scheme.norm, tuple)
+
+    @property
     def reads_graph(self) -> bool:
         """Whether it matters what stands in front of a norm or behind it."""
         return self.scheme.conv is not None or self.scheme.norm_act is not None
