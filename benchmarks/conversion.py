@@ -151,7 +151,7 @@ def fresh(model: nn.Module, to: str) -> nn.Module:
     return converted
 
 
-FINE_TUNING = 300  # steps at batch 2
+FINE_TUNING = 200  # steps at batch 2
 
 Way = Callable[[nn.Module, str, list[Tensor]], nn.Module]
 WAYS: dict[str, Way] = {

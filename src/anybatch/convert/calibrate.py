@@ -14,6 +14,7 @@ from anybatch.convert.batches import Batch, outputs
 from anybatch.convert.kinds import evaluated, wide
 from anybatch.convert.plan import Fitted
 from anybatch.convert.target import absorb
+from anybatch.methods.common import widened
 
 Tell = Callable[[int, int], object]
 """Called with what is done and what there is to do."""
@@ -48,7 +49,7 @@ def call_order(model: nn.Module, layers: Iterable[nn.Module], batch: Batch) -> d
     return counts
 
 
-def _taken_by(layer: nn.Module, model: nn.Module, batch: Batch, calls: int) -> list[Tensor]:
+def taken_by(layer: nn.Module, model: nn.Module, batch: Batch, calls: int) -> list[Tensor]:
     """What a layer takes in a pass, which ends there."""
     found: list[Tensor] = []
 
@@ -74,9 +75,13 @@ class Sums:
 
     def add(self, z: Tensor, t: Tensor) -> None:
         """Let in two maps (N, C, *) of the same shape."""
-        z, t = (maps.transpose(0, 1).flatten(1) for maps in (wide(z), wide(t)))
-        self.count += z.shape[1]
-        self.sums = self.sums + torch.stack([z.sum(1), t.sum(1), (z * z).sum(1), (t * t).sum(1), (z * t).sum(1)])
+        z, t = widened(z), widened(t)
+        over = (0, *range(2, z.dim()))
+        self.count += z.numel() // z.shape[1]
+        terms = (z, t, z.square(), t.square(), z * t)
+        if z.device.type == "mps":  # which has no float64
+            terms = tuple(term.cpu() for term in terms)
+        self.sums = self.sums + torch.stack([term.sum(over, dtype=torch.float64) for term in terms])
 
     def fit(self, scales: int) -> tuple[Tensor, Tensor, float]:
         """Least squares of t by ``scale * z + shift``, for each channel or for groups of as many channels.
@@ -155,8 +160,8 @@ def fit_norms(
         numbers = _choices(layer) if choose else []
         tried = {number: Sums() for number in numbers or [0]}
         for batch in batches:
-            theirs = _taken_by(what.old, old, batch, times)
-            ours = _taken_by(layer, new, batch, times)
+            theirs = taken_by(what.old, old, batch, times)
+            ours = taken_by(layer, new, batch, times)
             if len(theirs) != len(ours):
                 raise ValueError(f"layer {names[key]!r} is called {len(theirs)} times in one network, {len(ours)} here")
             for x, u in zip(ours, theirs, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from anybatch.convert.batches import Batch, evaluating, taken, together
 from anybatch.convert.calibrate import drift, fit_norms
 from anybatch.convert.distill import match_outputs
+from anybatch.convert.heads import fit_heads
 from anybatch.convert.out_of_place import make_out_of_place, overwrites
 from anybatch.convert.places import Place, held
 from anybatch.convert.plan import Plan, Planner
@@ -27,6 +29,15 @@ from anybatch.scheme import Scheme
 
 Tell = Callable[[str, int, int], object]
 """Called with the phase, what is done of it and what there is to do."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What data told."""
+
+    residuals: dict[str, float]
+    heads: tuple[str, ...]
+    drift: float | None
 
 
 @overload
@@ -82,7 +93,8 @@ def convert_batchnorm(
 
     - New norms take over scale and shift. That alone loses most of what was learned, since statistics of a sample are
       not those of the population: ``calibrate`` fits scale and shift, norm after norm, to what BatchNorm gave, by least
-      squares over a few hundred images, without gradients or labels.
+      squares over a few hundred images, without gradients or labels. Linear layers behind the last norm are then
+      fitted in closed form to what they gave, as far as that serves images that they were not fitted on.
     - Convolutions of schemes with Weight Standardization keep their filters: mean and size of each, which
       standardizing takes away, become constants of the layer (``ws(variant=aws)``). A convolution takes part where its
       output comes to a new norm before it comes to other filters, which is read off a trace. Depthwise ones and those
@@ -162,7 +174,9 @@ def convert_batchnorm(
         check_private(new)
     if inplace:
         if (dp or kept) and overwrites(old):
-            raise ValueError("inplace=True cannot exchange the model's own forward, which overwrites tensors; leave it out")
+            raise ValueError(
+                "inplace=True cannot exchange the model's own forward, which overwrites tensors; leave it out"
+            )
         _graft(old, before, places, new, plan)
         new = old
     new = make_private(new) if dp else make_out_of_place(new) if kept else new
@@ -178,27 +192,27 @@ def _learned(
     target: Target,
     distill: int,
     tell: Tell | None,
-) -> tuple[dict[str, float], float | None, bool]:
-    """What calibration left, by layer, the drift of the output, and whether there was any."""
+) -> Learned | None:
+    """Calibrate a converted network, and distill if that is asked for."""
     if batches is None:
-        return {}, None, False
+        return None
 
     def phase(name: str) -> Callable[[int, int], object] | None:
         return None if tell is None else lambda done, of: tell(name, done, of)
 
+    larger = together(batches)
     with evaluating(old, new):
-        left = fit_norms(
-            old, new, plan.fitted, together(batches), choose=target.chooses, tell=phase("calibrate")
-        )
+        left = fit_norms(old, new, plan.fitted, larger, choose=target.chooses, tell=phase("calibrate"))
+        norms = [what.old for what in plan.fitted.values()]
+        heads = fit_heads(old, new, norms, larger) if norms else []
         if distill:
-            match_outputs(old, new, batches, distill, tell=phase("distill"))
-        return left, drift(old, new, together(batches)), True
+            match_outputs(old, new, plan.fitted, batches, distill, tell=phase("distill"))
+            fit_heads(old, new, norms, larger)
+        return Learned(left, tuple(heads), drift(old, new, larger))
 
 
-def _report(
-    old: nn.Module, new: nn.Module, plan: Plan, target: Target, told: tuple[dict[str, float], float | None, bool]
-) -> ConversionReport:
-    left, change, calibrated = told
+def _report(old: nn.Module, new: nn.Module, plan: Plan, target: Target, learned: Learned | None) -> ConversionReport:
+    drift = None if learned is None else learned.drift
     layers = {name: what.layer for name, what in plan.fitted.items() if name not in plan.inside}
     had = old.state_dict().keys()
     return ConversionReport(
@@ -208,13 +222,14 @@ def _report(
         convolutions=plan.convolutions,
         convolutions_left=plan.convolutions_left,
         groups={name: int(n) for name, layer in layers.items() if (n := getattr(layer, "num_groups", None))},
-        residuals=left,
-        drift=change,
+        residuals={} if learned is None else learned.residuals,
+        heads=() if learned is None else learned.heads,
+        drift=drift,
         new_parameters=tuple(key for key in new.state_dict() if key not in had),
         advice=advice(
-            calibrated=calibrated,
+            calibrated=learned is not None,
             exact=all(isinstance(plan.new[name], FrozenBatchNorm) for name in plan.replaced),
-            drift=change,
+            drift=drift,
             left=len(plan.left),
         ),
     )

@@ -212,7 +212,9 @@ class Planner:
         """Convolutions whose output comes to a new norm before it comes to another layer become the scheme's."""
         unseen = [norm for norm in norms if self._reached(norm, self.graphs) is None]
         if unseen:
-            why = next(iter({text: "" for graph in self.graphs for text in graph.untraced.values()}), "nothing calls it")
+            why = next(
+                iter({text: "" for graph in self.graphs for text in graph.untraced.values()}), "nothing calls it"
+            )
             warnings.warn(
                 f"no trace reaches {listed([self.name(norm) for norm in unseen])} ({why}), so that convolutions in "
                 f"front of it stay as they are",
