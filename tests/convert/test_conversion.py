@@ -18,6 +18,8 @@ from anybatch.convert.calibrate import Sums, group_numbers
 from anybatch.convert.kinds import as_affine, is_batchnorm
 from anybatch.methods.common import Taken
 
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+
 TARGETS = ("gn", "ws+gn", "ln", "in", "pn", "lcn", "ws+bcn", "frn", "evos0", "kn", "sws", "frozen")
 
 
@@ -505,7 +507,7 @@ def test_opacus_trains_a_converted_resnet(to: str) -> None:
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
-    model = convert_batchnorm(resnet18(num_classes=3).double().eval(), to, dp=True)
+    model = convert_batchnorm(resnet18(num_classes=3).double(), to, dp=True)
     if to == "kn":
         for module in model.modules():
             if hasattr(module, "p"):

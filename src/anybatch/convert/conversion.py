@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -47,7 +47,7 @@ def convert_batchnorm(
     *,
     calibrate: Iterable[Any] | None = None,
     exclude: str | Sequence[str] = (),
-    groups: Groups = "auto",
+    groups: Groups | Mapping[str, int] = "auto",
     dp: bool = False,
     inplace: bool = False,
     distill: int = 0,
@@ -63,7 +63,7 @@ def convert_batchnorm(
     *,
     calibrate: Iterable[Any] | None = None,
     exclude: str | Sequence[str] = (),
-    groups: Groups = "auto",
+    groups: Groups | Mapping[str, int] = "auto",
     dp: bool = False,
     inplace: bool = False,
     distill: int = 0,
@@ -78,7 +78,7 @@ def convert_batchnorm(
     *,
     calibrate: Iterable[Any] | None = None,
     exclude: str | Sequence[str] = (),
-    groups: Groups = "auto",
+    groups: Groups | Mapping[str, int] = "auto",
     dp: bool = False,
     inplace: bool = False,
     distill: int = 0,
@@ -113,7 +113,8 @@ def convert_batchnorm(
             detectors lists of images. At most 512 are taken, once.
         exclude: Names of modules that stay as they are with all they hold.
         groups: Of norms with groups, where the scheme says no number: one number, or ``"auto"`` for the divisor that
-            calibration finds best for each layer, and nearest to 32 without calibration.
+            calibration finds best for each layer, and nearest to 32 without calibration. A report's ``groups``, by
+            layer, give the same layers again.
         dp: Whether Opacus is to train the network: nothing is in place, and nothing is kept of other samples. Blocks
             whose ``forward`` adds in place, such as torchvision's, become graphs with the same children.
         inplace: Whether to change the network itself, instead of a copy. Parameters that stay are the same objects.

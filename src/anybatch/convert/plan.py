@@ -148,7 +148,7 @@ class Planner:
     def _exchange(self, norm: nn.Module) -> None:
         """A norm becomes the scheme's."""
         held, behind = self._activation(norm)
-        new = self.target.norm(norm, self._dims(norm), act=held or behind is not None, like=self.like)
+        new = self.target.norm(self.name(norm), norm, self._dims(norm), act=held or behind is not None, like=self.like)
         if getattr(new, "dims", None) == 1 and isinstance(self._feeder(norm), nn.Linear):
             raise CannotTakeError(f"{type(new).__name__} takes maps, and a linear layer feeds it")
         self.plan.swaps[id(norm)] = with_activation(new, norm, taken=held)

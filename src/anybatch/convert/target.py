@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from anybatch.convert.kinds import as_affine, channels_of, has_averages, is_batc
 from anybatch.methods.batch_channel_norm import _BatchChannelNorm
 from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.methods.filters import StandardizedFilter
-from anybatch.methods.group_norm import Groups
+from anybatch.methods.group_norm import Groups, resolve_groups
 from anybatch.scheme import Scheme
 from anybatch.schemes import scheme
 
@@ -33,14 +33,18 @@ class Target:
 
     scheme: Scheme
     groups: Groups = "auto"
+    each: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of groups that were chosen before, by the name of the BatchNorm."""
 
     @classmethod
-    def named(cls, to: Any, groups: Groups = "auto") -> Target:
+    def named(cls, to: Any, groups: Groups | Mapping[str, int] = "auto") -> Target:
         """The target that a text names.
 
         Raises:
             ValueError: If the scheme is unknown or incomplete, or no conversion reaches it.
         """
+        each = groups if isinstance(groups, Mapping) else {}
+        groups = "auto" if isinstance(groups, Mapping) else groups
         if groups != "auto" and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
             raise ValueError(f"groups={groups!r} is neither a number above 0 nor 'auto'")
         chosen = scheme(to)
@@ -51,7 +55,7 @@ class Target:
                 f"to={chosen.name!r} also asks for another {' and '.join(foreign)}, which a finished network cannot be "
                 f"given; convert to a scheme of convolutions and norms alone, such as 'ws+gn' or 'sws'"
             )
-        made = cls(chosen, groups)
+        made = cls(chosen, groups, each)
         if not {"conv", "norm", "norm_act"} & set(chosen.filled):
             raise ValueError(f"to={chosen.name!r} has nothing to put in the place of BatchNorm; take 'gn' or 'ws+gn'")
         if made.inside:
@@ -81,7 +85,7 @@ class Target:
     @property
     def chooses(self) -> bool:
         """Whether calibration may choose the number of groups."""
-        return not self.inside and self.free_groups and self.groups == "auto"
+        return not self.inside and self.free_groups and self.groups == "auto" and not self.each
 
     @property
     def by_dims(self) -> bool:
@@ -93,10 +97,11 @@ class Target:
         """Whether it matters what stands in front of a norm or behind it."""
         return self.scheme.conv is not None or self.scheme.norm_act is not None
 
-    def norm(self, old: nn.Module, dims: int, *, act: bool, like: Tensor) -> nn.Module:
+    def norm(self, name: str, old: nn.Module, dims: int, *, act: bool, like: Tensor) -> nn.Module:
         """The norm in the place of a BatchNorm, with its scale, shift and statistics where it has such.
 
         Args:
+            name: Of the BatchNorm.
             old: A BatchNorm of `is_batchnorm`.
             dims: Spatial dimensions of the data.
             act: Whether a ReLU stands behind it, which a layer that activates replaces.
@@ -114,6 +119,8 @@ class Target:
             if not has_averages(old):
                 raise CannotTakeError("it keeps no running averages that could be frozen")
             new.eps = float(old.eps)  # pyright: ignore[reportArgumentType]
+        if name in self.each and hasattr(new, "num_groups"):
+            new.num_groups = resolve_groups(channels_of(old), self.each[name])  # pyright: ignore[reportArgumentType]
         _fill(new.bn if isinstance(new, _BatchChannelNorm) else new, old)
         return new.train(old.training)
 
