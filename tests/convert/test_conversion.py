@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -194,7 +193,8 @@ def test_standardized_filters_are_the_old_ones(net: nn.Module) -> None:
         conv: Any = made.get_submodule(name)
         assert isinstance(conv, layers.WSConv2d)
         torch.testing.assert_close(conv.standardized(), net.get_submodule(name).weight)
-    assert isinstance(made.head, nn.Conv2d) and not isinstance(made.head, layers.WSConv2d)
+    assert isinstance(made.head, nn.Conv2d)
+    assert not isinstance(made.head, layers.WSConv2d)
 
 
 def test_without_a_norm_only_the_mean_of_filters_is_lost(images: Tensor) -> None:
@@ -241,7 +241,9 @@ def test_dtype_mode_and_other_names_stay(net: nn.Module) -> None:
     net.block.eval()
     made = convert_batchnorm(net, "ws+gn")
     assert {t.dtype for t in made.parameters()} == {torch.float64}
-    assert made.training and not made.block.training and not made.block.bn1.training  # pyright: ignore
+    assert made.training
+    assert not made.block.training
+    assert not made.block.bn1.training
     assert net.state_dict().keys() - made.state_dict().keys() == {
         f"{name}.{key}" for name in ("norm", "bn", "block.bn1", "block.bn2")
         for key in ("running_mean", "running_var", "num_batches_tracked")
@@ -341,7 +343,8 @@ def test_torchvisions_frozen_batchnorm(images: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
     made, report = convert_batchnorm(model, "gn", calibrate=[images], return_report=True)
     assert isinstance(made[1], layers.GroupNorm)  # pyright: ignore
-    assert report.drift is not None and report.drift < 1
+    assert report.drift is not None
+    assert report.drift < 1
     assert change(convert_batchnorm(model, "frozen"), model, images) < 1e-5
 
 
@@ -356,7 +359,8 @@ def test_timms_norm_keeps_its_activation(images: Tensor) -> None:
     timm_layers = pytest.importorskip("timm.layers")
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), timm_layers.BatchNormAct2d(4, act_layer=nn.SiLU)), images)
     made = convert_batchnorm(model, "ws+gn", calibrate=[images])
-    assert isinstance(made[1].norm, layers.GroupNorm) and isinstance(made[1].act, nn.SiLU)  # pyright: ignore
+    assert isinstance(made[1].norm, layers.GroupNorm)
+    assert isinstance(made[1].act, nn.SiLU)
     assert change(convert_batchnorm(model, "frozen"), model, images) < 1e-5
     relu = trained(nn.Sequential(nn.Conv2d(3, 4, 3), timm_layers.BatchNormAct2d(4)), images)
     assert isinstance(convert_batchnorm(relu, "frn")[1], layers.FilterResponseNorm2d)  # pyright: ignore
@@ -364,8 +368,10 @@ def test_timms_norm_keeps_its_activation(images: Tensor) -> None:
 
 def test_norms_that_activate_take_the_relu_behind_them(net: nn.Module, images: Tensor) -> None:
     made: Any = convert_batchnorm(net, "frn")
-    assert isinstance(made.act, Taken) and made.norm.apply_act  # a layer of its own
-    assert isinstance(made.block.relu, nn.ReLU) and made.block.bn1.apply_act  # serves the sum too, and stays
+    assert isinstance(made.act, Taken)
+    assert made.norm.apply_act
+    assert isinstance(made.block.relu, nn.ReLU)
+    assert made.block.bn1.apply_act
     assert not made.block.bn2.apply_act
     assert made.bn.apply_act  # behind it a function
 
@@ -418,7 +424,8 @@ def test_tied_filters(images: Tensor) -> None:
 def test_kernel_norm_leaves_norms_without_a_convolution_in_front() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
     made, report = convert_batchnorm(model, "kn", return_report=True)
-    assert list(report.left) == ["0"] and "normalizes inside of the convolution" in report.left["0"]
+    assert list(report.left) == ["0"]
+    assert "normalizes inside of the convolution" in report.left["0"]
     assert isinstance(made[0], nn.BatchNorm2d)  # pyright: ignore
     assert any("1 BatchNorm layer" in line for line in report.advice)
 
@@ -454,7 +461,8 @@ def test_refusals_change_nothing(case: str, inplace: bool, net: nn.Module) -> No
     before, text = state(net), repr(net)
     with pytest.raises((ValueError, RuntimeError), match=message):
         convert_batchnorm(net, **arguments, inplace=inplace)
-    assert repr(net) == text and net.training
+    assert repr(net) == text
+    assert net.training
     assert_same_state(net, before)
     assert not any(module._forward_pre_hooks for module in net.modules())
 
@@ -524,7 +532,7 @@ def test_opacus_trains_a_converted_resnet(to: str) -> None:
             loop.append(torch.autograd.grad(loss, [p for p in alone.parameters() if p.requires_grad]))
         for p in wrapped.parameters():
             p.grad_sample = None  # pyright: ignore
-        F.cross_entropy(wrapped(x), y, reduction="sum").backward()
+        F.cross_entropy(wrapped(x), y).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         for p, *each in zip(trained, *loop, strict=True):
             torch.testing.assert_close(p.grad_sample, torch.stack(each), rtol=1e-6, atol=1e-6)  # pyright: ignore

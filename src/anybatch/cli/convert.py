@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from anybatch.models.named import Named
 
 
-
 class _ModelFirst(typer.core.TyperGroup):
     """What names no command is a model: ``convert torchvision:resnet50`` is ``convert model torchvision:resnet50``."""
 

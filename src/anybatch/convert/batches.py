@@ -64,11 +64,11 @@ def _is_image(part: Any) -> bool:
 
 def together(batches: list[Batch]) -> list[Batch]:
     """The same images in larger batches, for passes in which samples are on their own."""
-    if any(isinstance(batch, list) for batch in batches):
-        return batches
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for batch in batches:
-        by_shape.setdefault(batch.shape[1:], []).append(batch)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(batch, list):
+            return batches
+        by_shape.setdefault(batch.shape[1:], []).append(batch)
     return [part for group in by_shape.values() for part in torch.cat(group).split(TOGETHER)]
 
 

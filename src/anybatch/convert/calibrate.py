@@ -22,7 +22,7 @@ Tell = Callable[[int, int], object]
 _APART = 1.4  # of numbers of groups that are tried, one over the next
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 (no error)
     """A forward pass has come as far as it needs to."""
 
 

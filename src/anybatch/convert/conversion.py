@@ -100,8 +100,8 @@ def convert_batchnorm(
       output comes to a new norm before it comes to other filters, which is read off a trace. Depthwise ones and those
       of prediction heads, behind which there is no norm, stay plain.
     - ``"frozen"`` makes constants of BatchNorm, which is exact.
-    - ``"kn"`` and ``"sws"`` have no norm: the convolution in front takes the place of both. What a KNConv gives must not
-      be overwritten, so that activations in place and blocks that add in place change as for ``dp``.
+    - ``"kn"`` and ``"sws"`` have no norm: the convolution in front takes the place of both. What a KNConv gives must
+      not be overwritten: activations in place and blocks that add in place change as for ``dp``.
     - Norms with an activation of their own (``"frn"``, ``"evos0"``) take the ReLU behind BatchNorm in. One that other
       places share, or that ``forward`` calls as a function, also stays behind them.
 
@@ -198,8 +198,8 @@ def _learned(
     if batches is None:
         return None
 
-    def phase(name: str) -> Callable[[int, int], object] | None:
-        return None if tell is None else lambda done, of: tell(name, done, of)
+    def phase(name: str) -> Callable[[int, int], object]:
+        return lambda done, of: None if tell is None else tell(name, done, of)
 
     larger = together(batches)
     with evaluating(old, new):

@@ -33,11 +33,8 @@ def heads(model: nn.Module, norms: list[nn.Module], batch: Batch) -> list[str]:
 
 
 def _solvable(module: Any) -> bool:
-    pointwise = (
-        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        and module.groups == 1
-        and set((*module.kernel_size, *module.stride)) == {1}
-    )
+    conv = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1
+    pointwise = conv and {*module.kernel_size, *module.stride} == {1}
     if not (type(module) is nn.Linear or pointwise) or changed(module):
         return False
     return module.bias is not None and module.weight[0].numel() <= _MOST

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-import torch
 
 from anybatch.convert.fold import feeding_layer, takes_filters
 from anybatch.convert.graph import Graphs

@@ -61,8 +61,8 @@ def advice(*, calibrated: bool, exact: bool, drift: float | None, left: int) -> 
         told.append("the function is the old one; fine-tune at the learning rate that the old network takes")
     elif not calibrated:
         told.append(
-            "the new norms compute something else than the old ones until they are calibrated: give calibrate= (--data) "
-            "a few hundred images, which need no labels"
+            "the new norms compute something else than the old ones until they are calibrated: give calibrate= "
+            "(--data) a few hundred images, which need no labels"
         )
     else:
         told.append(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.convert.kinds import as_affine, channels_of, has_averages, is_batchnorm
+from anybatch.convert.kinds import as_affine, channels_of, has_averages, is_batchnorm, wide
 from anybatch.methods.batch_channel_norm import _BatchChannelNorm
 from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.methods.filters import StandardizedFilter
@@ -176,7 +176,7 @@ def _of_dims(slot: Any, dims: int) -> Callable[..., nn.Module]:
 
 def _size(weight: Tensor) -> Tensor:
     """The norm of each filter without its mean, (O,)."""
-    rows = weight.detach().flatten(1).double()
+    rows = wide(weight.detach()).flatten(1)
     return (rows - rows.mean(1, keepdim=True)).norm(dim=1)
 
 
@@ -207,16 +207,17 @@ def absorb_norm(conv: Any, norm: Any) -> None:
     Raises:
         CannotTakeError: If that has no running averages.
     """
+    bias: Tensor = conv.bias
     if isinstance(conv, StandardizedFilter):
         if not has_averages(norm):
             raise CannotTakeError("it keeps no running averages that a convolution could take in")
         scale, shift = as_affine(norm)
-        absorb(conv, scale, shift + scale * conv.bias.to(scale.device, scale.dtype))
+        absorb(conv, scale, shift + scale * wide(bias))
         return
     # What it normalizes has variance 1, and so has the sum over a filter of norm 1 of independent values.
     size = _size(conv.weight).clamp_min(torch.finfo(conv.weight.dtype).tiny)
     scale = size.new_ones(()) if norm.weight is None else norm.weight.detach().to(size)
-    absorb(conv, scale / size, conv.bias.new_zeros(()) if norm.bias is None else norm.bias.detach())
+    absorb(conv, scale / size, bias.new_zeros(()) if norm.bias is None else norm.bias.detach())
 
 
 def with_activation(norm: nn.Module | None, old: nn.Module, *, taken: bool) -> nn.Module:
