@@ -102,6 +102,7 @@ ALIASES: dict[str, str] = {
     "filterresponsenorm3d": "frn",
     "filterresponsenormtlu2d": "frn",
     "frn_tlu": "frn",
+    "frozen": "frozenbn",
     "frozenbatchnorm": "frozenbn",
     "frozenbatchnorm2d": "frozenbn",
     "group": "gn",

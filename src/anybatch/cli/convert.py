@@ -1,25 +1,184 @@
-"""Commands under convert: weights from one library to another."""
+"""Commands under convert: a network off BatchNorm, and weights from one library to another."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from anybatch.cli.common import (
     AsJson,
+    Data,
+    DataRoot,
     Debug,
     UserError,
     app,
+    err,
     key_values,
+    named_model,
     out_console,
     print_json,
 )
+from anybatch.suggest import listed
 
-convert = typer.Typer(help="Bring weights from one library to another.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anybatch.convert import ConversionReport
+    from anybatch.models.named import Named
+
+
+class _ModelFirst(typer.core.TyperGroup):
+    """What names no command is a model: ``convert torchvision:resnet50`` is ``convert model torchvision:resnet50``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["model", *args]
+        return super().resolve_command(ctx, args)
+
+
+convert = typer.Typer(
+    cls=_ModelFirst,
+    help="Take BatchNorm out of a trained network (convert MODEL), or bring weights from one library to another.",
+    no_args_is_help=True,
+)
 app.add_typer(convert, name="convert")
+
+
+@convert.command(name="model")
+def convert_model(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder that anybatch train or save_pretrained wrote, hf-hub:SOMEONE/SOMETHING, timm:NAME, "
+            "torchvision:NAME, FILE.py:FUNCTION, or a network's name; see anybatch list --models."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The .safetensors file to write; none tries it out.")] = None,
+    to: Annotated[str, typer.Option(help="A scheme: gn, ws+gn, ln, in, pn, lcn, ws+bcn, frn, evos0, kn, frozen.")] = (
+        "ws+gn"
+    ),
+    data: Data = None,
+    data_root: DataRoot = None,
+    images: Annotated[int, typer.Option(min=2, max=512, help="Training images to calibrate on.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Of the steps without labels.")] = 2,
+    distill: Annotated[int, typer.Option(min=0, help="Steps without labels that match the old network.")] = 0,
+    groups: Annotated[str, typer.Option(help="Of norms with groups: a number, or auto.")] = "auto",
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="A module that stays, with all it holds; repeatable.")
+    ] = None,
+    dp: Annotated[bool, typer.Option("--dp", help="For Opacus: nothing in place, nothing of other samples.")] = False,
+    scheme: Annotated[str | None, typer.Option(help="How a network of the list normalizes before.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A file of weights for a network that is named.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=0, help="Of a network that is named.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Take BatchNorm out of a trained network and keep what it computes, as far as the new norm allows.
+
+    With --data the new norms are fitted to what BatchNorm gave, forward only and without labels. The file is a network
+    for every command that takes one.
+    """
+    if out is not None and out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {out}")
+    if groups != "auto" and not groups.isdigit():
+        raise UserError(f"--groups takes a number or auto, got {groups!r}")
+    if distill and data is None:
+        raise UserError("--distill needs images: --data digits, cifar10, imagefolder:DIR, ...")
+    from anybatch.convert import convert_batchnorm
+    from anybatch.convert.saved import Origin, save_converted
+
+    how = {"scheme": scheme, "weights": weights and str(weights), "num_classes": num_classes}
+    how = {key: value for key, value in how.items() if value is not None}
+    found = named_model(model, **how)
+    loader = None if data is None else _calibration(found, data, data_root, images, batch_size)
+    with _progress() as tell:
+        try:
+            made, report = convert_batchnorm(
+                found.model,
+                to,
+                calibrate=loader,
+                exclude=exclude or (),
+                groups="auto" if groups == "auto" else int(groups),
+                dp=dp,
+                distill=distill,
+                return_report=True,
+                tell=tell,
+            )
+        except ImportError as error:
+            raise UserError(str(error)) from None
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_converted(made, out, Origin(model, how, tuple(exclude or ()), dp), report)
+    if as_json:
+        print_json({"out": None if out is None else str(out), "model": model, **report.as_dict()})
+        return
+    _show(report)
+    notes = [] if found.trained or ".py:" in model else ["its weights are drawn at random; --weights gives it others"]
+    for note in [*report.advice, *notes, *([] if out is None else [f"{out}: {model} with {report.to}"])]:
+        out_console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _calibration(found: Named, data: str, root: str | None, images: int, batch_size: int) -> list[Tensor]:
+    """The first training images of a data set, normalized as the network takes them, in batches."""
+    from anybatch import data as data_sets
+    from anybatch.recipe import Data as DataSection
+
+    size = found.input_size
+    if size is None or len(size) != 3:
+        raise UserError(f"--data calibrates networks of images; call convert_batchnorm(calibrate=) for {found.name}")
+    name, at = data_sets.parse_data(data, root)
+    statistics = None if found.mean is None or found.std is None else (found.mean, found.std)
+    split = data_sets.load(DataSection(name=name, root=at, size=size[1]), statistics=statistics)
+    if split.in_chans != size[0]:
+        raise UserError(f"--data {data} has images of {split.in_chans} channels, and {found.name} takes {size[0]}")
+    x, _ = split.train.__getitems__(range(min(images, len(split.train))))
+    return list(x.split(batch_size))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], object]]:
+    from rich.progress import Progress
+
+    with Progress(console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(phase: str, done: int, of: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=of)
+            bar.update(tasks[phase], completed=done)
+
+        yield tell
+
+
+def _show(report: ConversionReport) -> None:
+    """The report as tables, alike layers together."""
+    from rich.table import Table
+
+    told = f"{len(report.replaced)} norms replaced, {len(report.left)} left"
+    if report.convolutions or report.convolutions_left:
+        told += f"; {len(report.convolutions)} convolutions changed, {len(report.convolutions_left)} left plain"
+    if report.drift is not None:
+        told += f"; the output changed by {report.drift:.1%} of its norm"
+    table = Table(title=f"{report.to}: {told}", title_justify="left", box=None)
+    table.add_column("layer")
+    table.add_column("becomes, or why not")
+    table.add_column("unexplained", justify="right")
+    for name, what in report.replaced.items():
+        rest = report.residuals.get(name)
+        table.add_row(name, what, "" if rest is None else f"{rest:.1%}")
+    for name, why in (*report.left.items(), *report.convolutions_left.items()):
+        table.add_row(name, f"stays: {why}")
+    out_console.print(table, markup=False, highlight=False)
+    if report.heads:
+        out_console.print(f"fitted anew behind the norms: {listed(report.heads)}", markup=False, highlight=False)
+    if report.new_parameters:
+        out_console.print(f"new: {listed(report.new_parameters)}", markup=False, highlight=False)
 
 
 @convert.command(name="weights")
@@ -55,7 +214,6 @@ def convert_weights(
     from anybatch.models import export_weights, load_weights
     from anybatch.models.registry import create_network
     from anybatch.recipe import read_value
-    from anybatch.suggest import listed
 
     if out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {out}")

@@ -9,12 +9,11 @@ from typing import Any, Literal, cast, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from anybatch.convert.graph import Graphs
+from anybatch.convert.kinds import as_affine, changed, has_averages, is_constant, own_forward, wide
 from anybatch.methods.batch_channel_norm import _BatchChannelNorm
-from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.methods.filters import StandardizedFilter
 from anybatch.methods.kn_conv import _KNConv
 from anybatch.methods.parameters import bare
@@ -22,8 +21,6 @@ from anybatch.methods.parameters import bare
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PLAIN: tuple[type[nn.Module], ...] = (*_CONVS, *_TRANSPOSED, nn.Linear)
-_CONSTANT = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
-"""Of torchvision and timm, which are no BatchNorm of torch's."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def fold(
         places.setdefault(module, []).append(name)
     inner = {module.bn for module in modules.values() if isinstance(module, _BatchChannelNorm)}
     for name, module in modules.items():
-        if not _is_constant(module) or module in inner:
+        if not is_constant(module) or module in inner:
             continue
         layer = _feeding(graphs, module)
         reason = layer if isinstance(layer, str) else _join(layer, module)
@@ -136,29 +133,16 @@ def copied(model: nn.Module) -> nn.Module:
         raise ValueError(f"the model cannot be copied: {' '.join(str(error).split())[:200]}") from None
 
 
-def _wide(values: Tensor) -> Tensor:
-    return (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
-
-
 def _set(layer: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
     """A parameter of its own: the old one may be another layer's too."""
     setattr(layer, name, nn.Parameter(value.to(like.device, like.dtype), requires_grad=False))
-
-
-def _changed(module: nn.Module) -> str | None:
-    """Why a layer does more than its class says, or None."""
-    if any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
-        return "it has hooks"
-    if "forward" in module.__dict__:
-        return "its forward was exchanged"
-    return "it is parametrized" if hasattr(module, "parametrizations") else None
 
 
 def _standardized(layer: nn.Module) -> Tensor | str | None:
     """The filters that a standardized layer multiplies with, why they are not constant, or None for other layers."""
     if not isinstance(layer, StandardizedFilter) and type(layer).__module__ != "timm.layers.std_conv":
         return None
-    if (reason := _changed(layer)) is not None:
+    if (reason := changed(layer)) is not None:
         return reason
     if isinstance(layer, StandardizedFilter):
         known = type(layer).forward.__module__.startswith("anybatch.methods.")
@@ -182,22 +166,16 @@ def _bake(layer: nn.Module, filters: Tensor) -> None:
 
 def _center(layer: _KNConv) -> str | None:
     """Center a KNConv's filters for good, or say why not."""
-    if (reason := _changed(layer)) is not None:
+    if (reason := changed(layer)) is not None:
         return reason
     if layer.weight.dtype.itemsize < 4:
         return f"{str(layer.weight.dtype).removeprefix('torch.')} rounds filters that were centered"
     if layer.groups != layer.norm_groups:
         return "its filters read a part of the channels that are normalized together, and need their own sum"
-    wide = _wide(layer.weight)
-    _set(layer, "weight", wide - wide.mean(tuple(range(1, wide.dim())), keepdim=True), layer.weight)
+    filters = wide(layer.weight)
+    _set(layer, "weight", filters - filters.mean(tuple(range(1, filters.dim())), keepdim=True), layer.weight)
     layer.centered = True
     return None
-
-
-def _is_constant(module: nn.Module) -> bool:
-    """Whether it is a BatchNorm of whatever kind, or begins with one."""
-    kinds = (_BatchNorm, FrozenBatchNorm, _BatchChannelNorm)
-    return isinstance(module, kinds) or type(module).__name__ in _CONSTANT
 
 
 def _batch_part(norm: nn.Module) -> nn.Module:
@@ -205,8 +183,14 @@ def _batch_part(norm: nn.Module) -> nn.Module:
 
 
 def _feeding(graphs: Graphs, norm: nn.Module) -> nn.Module | str:
-    """The layer that feeds a BatchNorm, or why there is none to fold into."""
-    reason = _changed(norm) or _varying(norm) or graphs.obstacle(norm)
+    """The layer that feeds a constant BatchNorm, or why there is none to fold into."""
+    reason = changed(norm) or _varying(norm)
+    return feeding_layer(graphs, norm) if reason is None else reason
+
+
+def feeding_layer(graphs: Graphs, norm: nn.Module) -> nn.Module | str:
+    """The linear layer whose output a norm alone takes, each called once, or why there is none."""
+    reason = graphs.obstacle(norm)
     if reason is not None:
         return reason
     arguments = graphs.call(norm).args
@@ -218,9 +202,9 @@ def _feeding(graphs: Graphs, norm: nn.Module) -> nn.Module | str:
         if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
             source = source.args[0] if source.args else None
             continue
-        if module is None or not _takes(module):
+        if module is None or not takes_filters(module):
             return f"its input is no linear layer's: {_shown(source)}"
-        reason = _changed(module) or graphs.obstacle(module)
+        reason = changed(module) or graphs.obstacle(module)
         return module if reason is None else f"{source.target} feeds it, and {reason}"
     return "nothing certain is known of its input"
 
@@ -231,22 +215,19 @@ def _shown(node: fx.Node) -> str:
     return "the network's own input" if node.op == "placeholder" else str(node.target)
 
 
-_HOMES = ("torch.nn.modules.batchnorm", "anybatch.methods.", "torchvision.ops.misc", "timm.layers.norm_act")
-
-
 def _varying(norm: nn.Module) -> str | None:
     """Why a BatchNorm is no constant scale and shift, or None."""
-    if not type(norm).forward.__module__.startswith(_HOMES):
-        return f"{type(norm).__name__} has a forward of its own"
+    if (reason := own_forward(norm)) is not None:
+        return reason
     batch = _batch_part(norm)
     if batch.training:
         return "it is in training mode"
-    if getattr(batch, "running_mean", None) is not None and getattr(batch, "running_var", None) is not None:
+    if has_averages(batch):
         return None
     return "it keeps no running averages, and takes statistics of each batch"
 
 
-def _takes(module: nn.Module) -> bool:
+def takes_filters(module: nn.Module) -> bool:
     """Whether it is affine in its filters and biases as torch's layers are, and nothing more."""
     kind = next((kind for kind in type(module).__mro__ if kind in _PLAIN), None)
     if kind is None:
@@ -265,20 +246,15 @@ def _join(layer: Any, norm: Any) -> str | None:
     batch: Any = _batch_part(norm)
     if batch.running_mean.numel() != out:
         return f"it has {batch.running_mean.numel()} channels, and what feeds it {out}"
-    scale = torch.rsqrt(_wide(batch.running_var) + norm.eps)
-    if batch.weight is not None:
-        scale = scale * _wide(batch.weight)
-    shift = -_wide(batch.running_mean) * scale
-    if batch.bias is not None:
-        shift = shift + _wide(batch.bias)
-    bias = shift if layer.bias is None else shift + _wide(layer.bias) * scale
-    wide = _wide(weight)
+    scale, shift = as_affine(batch, norm.eps)
+    bias = shift if layer.bias is None else shift + wide(layer.bias) * scale
+    filters = wide(weight)
     positions = (1,) * (weight.dim() - 2)
     if transposed:  # (I, O / groups, *)
-        by_group = wide.unflatten(0, (layer.groups, -1)) * scale.reshape(layer.groups, 1, -1, *positions)
+        by_group = filters.unflatten(0, (layer.groups, -1)) * scale.reshape(layer.groups, 1, -1, *positions)
         folded = by_group.flatten(0, 1)
     else:
-        folded = wide * scale.reshape(-1, 1, *positions)
+        folded = filters * scale.reshape(-1, 1, *positions)
     _set(layer, "weight", folded, weight)
     _set(layer, "bias", bias, weight)
     return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +32,17 @@ class Graphs:
         """The module that a node calls; None for everything else."""
         return self._called.get(node) if isinstance(node, fx.Node) else None
 
+    def calls(self, module: nn.Module) -> list[fx.Node]:
+        """Every call of a module."""
+        return self._calls.get(id(module), [])
+
     def call(self, module: nn.Module) -> fx.Node:
         """The first call of a module that is called."""
         return self._calls[id(module)][0]
 
     def __post_init__(self) -> None:
-        _trace(self.model, "", self)
+        with _attributes_kept(self.model):
+            _trace(self.model, "", self)
         nodes = [(name, node) for name, graph in self.parts.items() for node in graph.nodes]
         self._called = {
             node: self.model.get_submodule(_joined(name, node.target))
@@ -64,6 +71,18 @@ class Graphs:
         if not times:
             return "no trace of the network reaches it"
         return "its tensors are read from outside" if id(module) in self._read else None
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """A forward that is traced may set attributes, as torchvision's detectors do, to what only traces know."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _joined(name: Name, inner: Name) -> Name:

@@ -164,6 +164,9 @@ class EvoNormS0(ChannelNorm):
         Liu et al. 2020, "Evolving Normalization-Activation Layers", arXiv:2004.02967 (EvoNorm-S0 and B0).
     """
 
+    scales_activation = True
+    """Whether scale and shift act on what is activated already."""
+
     v: Tensor | None
 
     def __init__(

@@ -200,6 +200,9 @@ class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
     centered = False
     """Whether the filters sum to 0 already, as `anybatch.convert.fold` leaves them."""
 
+    keeps_output = True
+    """Whether what it gives must not be overwritten."""
+
     keeps_drawn_bias = True  # at 0 flat backgrounds would stay flat, and windows without variance pass no signal
 
     def __init__(

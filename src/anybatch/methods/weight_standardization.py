@@ -121,6 +121,11 @@ class _WeightStandardized(StandardizedFilter):
             return made
         return self.as_weight(self.by_filter(made) * self.weight_gamma + self.weight_beta)
 
+    @torch.no_grad()
+    def restore_filters(self) -> None:
+        """Set the variant ``"aws"``'s scale and shift so that the layer multiplies with its weight as it stands."""
+        self.weight_gamma, self.weight_beta = self._moments()
+
     def _moments(self) -> tuple[Tensor, Tensor]:
         """The scale and shift with which the standardized filter is the stored one."""
         dim, filters = self.filter_dims, self.by_filter(self.weight.detach())
@@ -135,9 +140,7 @@ class _WeightStandardized(StandardizedFilter):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         buffers = {f"{prefix}weight_gamma", f"{prefix}weight_beta"}
         if self.variant == "aws" and buffers <= set(missing) and f"{prefix}weight" in state_dict:
-            gamma, beta = self._moments()
-            self.weight_gamma.copy_(gamma)
-            self.weight_beta.copy_(beta)
+            self.restore_filters()
             missing = [key for key in missing if key not in buffers]
         missing_keys += missing
 

@@ -137,6 +137,10 @@ def stored(text: str | Path) -> Named:
     if path.suffix in (".onnx", ".pt2"):
         raise ValueError(f"{name} is an exported network, which anybatch predict runs; give one that it was made from")
     if path.is_file() and path.name != hub.WEIGHTS:
+        from anybatch.convert.saved import is_converted, load_converted  # which build on this module
+
+        if is_converted(path):
+            return load_converted(path)
         raise ValueError(f"{name} is a file, not a network; weights go beside a network's name, as weights={name!r}")
     from anybatch import checkpoint  # which reads runs, and comes behind models
 

@@ -1,0 +1,83 @@
+"""Converted networks in files: their tensors, the network they were made from, and how."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from anybatch.convert.conversion import convert_batchnorm
+from anybatch.convert.report import ConversionReport
+from anybatch.files import save_tensors
+
+if TYPE_CHECKING:
+    from anybatch.models.named import Named
+
+_KEY = "converted"  # of the file's metadata
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a converted network was made from, so that it can be made again."""
+
+    model: str
+    """The text that names the network with BatchNorm; see `anybatch.models.named.model_named`."""
+    how: dict[str, Any] = field(default_factory=dict)
+    """Its other arguments, such as ``num_classes``."""
+    exclude: tuple[str, ...] = ()
+    dp: bool = False
+
+
+def save_converted(model: nn.Module, path: Path, origin: Origin, report: ConversionReport) -> None:
+    """Write a converted network as safetensors, whole or not at all."""
+    facts = {**vars(origin), "to": report.to, "groups": report.groups}
+    save_tensors(model.state_dict(), path, {_KEY: json.dumps(facts)})
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+    except SafetensorError:
+        return None
+    return None if text is None else json.loads(text)
+
+
+def is_converted(path: Path) -> bool:
+    """Whether a file is one of `save_converted`."""
+    return _facts(path) is not None
+
+
+def load_converted(path: Path) -> Named:
+    """The network in a file of `save_converted`, in evaluation.
+
+    Raises:
+        ValueError: If what it was made from cannot be built any more, or is another network by now.
+    """
+    from safetensors.torch import load_file
+
+    from anybatch.models.named import model_named
+
+    facts = _facts(path)
+    if facts is None:
+        raise ValueError(f"{path} holds no converted network, as anybatch convert writes them")
+    try:
+        found = model_named(facts["model"], **facts["how"])
+    except ValueError as error:
+        raise ValueError(f"{path} was made from {facts['model']}, which cannot be built: {error}") from None
+    model = convert_batchnorm(
+        found.model, facts["to"], exclude=facts["exclude"], groups=facts["groups"] or "auto", dp=facts["dp"]
+    )
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} was made from {facts['model']}, which is another network by now: {said}") from None
+    return replace(found, model=model.eval(), name=str(path), scheme=facts["to"], architecture="", trained=True)
