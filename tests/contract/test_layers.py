@@ -25,6 +25,7 @@ MAPS = [case for case in LAYERS if len(case.shape) in (4, 5)]
 
 def test_every_public_layer_has_a_row() -> None:
     public = {name for name, value in vars(layers).items() if inspect.isclass(value)}
+    public -= {"Recomputed"}  # a sequence of others
     assert public == {type(case.make()).__name__ for case in LAYERS}
 
 
