@@ -95,6 +95,7 @@ def test_half_precision_takes_float64_to_tell_rounding_apart(diagnose: Command) 
         (["resnet8", "--probe", "tiles"], "unknown probe 'tiles'"),
         (["resnet8", "--probe", ","], "--probe names none"),
         (["resnet8", "--all", "--probe", "smoothness"], "--all runs every probe"),
+        (["resnet8", "--out", "m.py"], "--out m.py is a file; name a folder"),
         (["resnet8", "--size", "big"], "--size takes 224, 224x320 or 3x224x224"),
         (["resnet8", "--data-root", "."], "--data-root goes with --data"),
         (["resnet8", "--data", "nothing"], "unknown data set 'nothing'"),

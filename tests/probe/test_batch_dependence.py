@@ -165,3 +165,15 @@ def test_outputs_of_segmentation_and_detection() -> None:
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="x holds 1 samples, and this probe needs 2"):
         batch_dependence(small(nn.BatchNorm2d), X[:1])
+
+
+def test_samples_that_take_from_those_in_front_alone_are_seen() -> None:
+    class Summed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(0)
+
+    found = batch_dependence(nn.Sequential(nn.Conv2d(3, 4, 3), Summed()), torch.randn(4, 3, 8, 8))
+    assert found.mixes_in_training
+    assert found.mixes_in_evaluation
+    assert [x.name for x in found.layers] == ["1"]
+    assert not any(f.level == "good" for f in found.findings)

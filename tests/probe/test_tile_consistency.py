@@ -145,3 +145,28 @@ def test_padding_and_permuting_are_no_statistics() -> None:
     found = tile_consistency(model, X)
     assert not any(x.reach == "global" for x in found.layers)
     assert not any(f.level == "warning" for f in found.findings)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_without_padding_give_on_a_tile_what_they_give_on_the_whole(stride: int) -> None:
+    # Each position's window lies in the tile, so that nothing changes; 6 windows of 3 take 12 pixels off a tile.
+    torch.manual_seed(0)
+    more = [nn.Conv2d(4, 4, 3) for _ in range(5)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=stride), *more, nn.MaxPool2d(3, 1), nn.BatchNorm2d(4))
+    found = tile_consistency(model, torch.cat([X, X], -1).repeat(1, 1, 2, 1))
+    assert found.stride == stride
+    assert max(found.profile) < 1e-5
+    assert all(x.reach == "local" for x in found.layers)
+    assert not any(f.level == "warning" for f in found.findings)
+    # Of 48 pixels, 48 - 14 are left, or (48 - 2) / 2 - 12 positions of 2 pixels.
+    lost = 14 if stride == 1 else 48 - 2 * 11
+    assert found.findings[-1].fix == f"let tiles overlap by {lost} pixels, and they agree with the whole."
+
+
+def test_padding_of_its_own_reaches_as_far_as_it_is_wide() -> None:
+    torch.manual_seed(0)
+    found = tile_consistency(nn.Sequential(nn.ZeroPad2d(3), nn.Conv2d(3, 4, 7)), X)
+    assert [(x.kind, x.reach, x.border) for x in found.layers] == [("ZeroPad2d", "local", 3)]
+    assert max(found.profile[3:]) < 1e-5
+    assert found.profile[2] > 1e-3
+    assert "overlap by 6 pixels" in found.findings[-1].fix

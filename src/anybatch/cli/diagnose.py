@@ -75,6 +75,8 @@ def diagnose(
     from anybatch.report import diagnosis
 
     names = _asked(every, probe)
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
     torch.manual_seed(seed)
     found = named_model(model, scheme=scheme, weights=weights, num_classes=num_classes)
     shape = _shape(size, found)

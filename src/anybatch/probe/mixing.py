@@ -25,6 +25,7 @@ class Watch:
         self._buffers: dict[str, list[Tensor]] = {}
         self._calls: list[tuple[str, list[float], list[float]]] = []
         self._inside = False
+        self._place = 0
 
     def run(self) -> bool:
         """Whether the model mixes samples in this mode."""
@@ -32,6 +33,10 @@ class Watch:
         watched = [name for name, module in self.kinds.items() if not is_row_by_row(module)]
         one = self._pass(x, watched, self._replay, self._note)
         mixes = differ(one, self._pass(again))
+        if not mixes:  # nor may the last one change with those in front of it
+            self._place = len(x) - 1
+            again = _exchanged(x.flip(0), 1).flip(0)
+            mixes = differ(self._pass(x), self._pass(again))
         if mixes and not any(self.mixing.values()):
             blocks = [name for name, _ in self.subject.model.named_modules()]
             calls = []
@@ -43,7 +48,7 @@ class Watch:
         return mixes
 
     def _pass(self, x: Tensor, names: Sequence[str] = (), see: Any = None, before: Any = None) -> list[Tensor]:
-        """The first sample's output, of a model in the state and the random state that every pass starts from."""
+        """One sample's output, of a model in the state and the random state that every pass starts from."""
         subject = self.subject
         kept = [(b, b.clone()) for b in subject.model.buffers()]
         subject.set_mode(self.mode)
@@ -52,7 +57,7 @@ class Watch:
             output = subject.run(x)
         for b, value in kept:
             b.copy_(value)
-        return _first(output, len(x), subject.detector)
+        return _of_one(output, len(x), self._place, subject.detector)
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._buffers[name] = [b.clone() for b in module.buffers()]
@@ -85,7 +90,10 @@ class Watch:
 
     def _trace(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         n = len(self.x)
-        taken, given = _first(args, n, False), _first(output, n, self.subject.detector)
+        taken, given = (
+            _of_one(held, n, self._place, detector)
+            for held, detector in ((args, False), (output, self.subject.detector))
+        )
         self._calls.append((name, _fingerprint(taken), _fingerprint(given)))
 
     def _blame_blocks(self, calls: list[Any], again: list[Any]) -> None:
@@ -112,11 +120,12 @@ def _exchanged(x: Tensor, keep: int) -> Tensor:
     return torch.cat([x[:keep], rest])
 
 
-def _first(output: Any, n: int, detector: bool) -> list[Tensor]:
-    """What belongs to the first sample."""
+def _of_one(output: Any, n: int, place: int, detector: bool) -> list[Tensor]:
+    """What belongs to the sample at this place."""
     if detector and isinstance(output, list) and len(output) == n:
-        return tensors_in(output[0])
-    return [t[: len(t) // n] for t in tensors_in(output) if t.dim() and len(t) and len(t) % n == 0]
+        return tensors_in(output[place])
+    every = [t for t in tensors_in(output) if t.dim() and len(t) and len(t) % n == 0]
+    return [t[place * len(t) // n : (place + 1) * len(t) // n] for t in every]
 
 
 def differ(one: list[Tensor], other: list[Tensor]) -> bool:

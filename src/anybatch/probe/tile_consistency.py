@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -108,7 +108,7 @@ def tile_consistency(model: nn.Module, x: Any, *, tile: int | None = None) -> Ti
         error_map=error,
         profile=profile,
         layers=tuple(found),
-        findings=tuple(_findings(found, profile, stride)),
+        findings=tuple(_findings(found, profile, stride, max(sides[0] - len(error) * stride, 0.0))),
     )
 
 
@@ -146,8 +146,6 @@ def _judged(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor)
     cut, back = [], []
     for given, made in zip(x.shape[-2:], output.shape[-2:], strict=True):
         # Starts and sizes that the layer's stride, or its upsampling, divides.
-        if scope_of(module) is None and given % made and made % given:  # padding, which moves positions
-            return _of_everything(name, module, x, output)
         step = max(round(given / made), 1)
         size = given // 2 // (2 * step) * 2 * step
         start = (given - size) // 2 // step * step
@@ -162,13 +160,11 @@ def _judged(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor)
         made = module.forward(*arguments)
     except (RuntimeError, ValueError):  # made for maps of one size
         return None
-    whole = _cut(output, back)
-    if made.shape[:-2] != whole.shape[:-2]:  # other dimensions than the last two are those of the map
+    if made.shape[:-2] != output.shape[:-2]:  # other dimensions than the last two are those of the map
         return None
-    common = [min(a, b) for a, b in zip(made.shape[-2:], whole.shape[-2:], strict=True)]
-    if min(common) < 3:
+    error, _ = _laid(made, output, cut, x.shape[-2:])
+    if min(error.shape) < 3:
         return None
-    error = _error(made[..., : common[0], : common[1]], whole[..., : common[0], : common[1]])
     limit = 1e-12 if output.dtype == torch.float64 else 1e-5 if output.dtype == torch.float32 else 5e-3
     rings = _rings(error, torch.amax)
     touched = [i for i, value in enumerate(rings) if value > limit]
@@ -200,6 +196,27 @@ def _of_everything(name: str, module: nn.Module, x: Tensor, output: Tensor) -> L
 def _cut(t: Tensor, cut: list[tuple[int, int]]) -> Tensor:
     (top, height), (left, width) = cut
     return t[..., top : top + height, left : left + width]
+
+
+def _laid(
+    made: Tensor, whole: Tensor, cut: list[tuple[int, int]], full: Sequence[int]
+) -> tuple[Tensor, tuple[float, float]]:
+    """A tile's map laid on the whole one: what differs, and how far apart positions are in the layer's input.
+
+    Positions are as far apart as the sizes of both maps tell, or, where convolutions without padding or padding of its
+    own change those by a constant, as their difference tells: whichever lets more agree.
+    """
+    sizes = list(zip(cut, full, made.shape[-2:], whole.shape[-2:], strict=True))
+    ways = [[of / all_of for _, of, _, all_of in sizes]]
+    if all(all_of > m for _, _, m, all_of in sizes):
+        ways.append([(of - side) / (all_of - m) for (_, side), of, m, all_of in sizes])
+    found = []
+    for strides in ways:
+        begin = [round(start / stride) for ((start, _), *_), stride in zip(sizes, strides, strict=True)]
+        common = [min(m, all_of - b) for (_, _, m, all_of), b in zip(sizes, begin, strict=True)]
+        part = _cut(whole, list(zip(begin, common, strict=True)))
+        found.append((_error(made[..., : common[0], : common[1]], part), (strides[0], strides[1])))
+    return min(found, key=lambda pair: float(pair[0].mean()))
 
 
 def _error(made: Tensor, whole: Tensor) -> Tensor:
@@ -238,8 +255,7 @@ def _compared(
             f"no map in the model has {LEAST} positions along the side of a tile of {sides[0]} x {sides[1]} pixels; "
             f"give larger images"
         )
-    name, shape = large[-1]
-    stride = H / shape[-2]
+    name, _ = large[-1]
     # Tiles begin where every stride in front of the map does, the largest being that of the smallest map there.
     last = max(i for i, (of, _) in enumerate(maps) if of == name)
     deepest = max(2 ** round(math.log2(H / s[-2])) for _, s in maps[: last + 1] if s[-2] > 1)
@@ -247,10 +263,8 @@ def _compared(
     top, left = (max((full - side) // 2 // step, 1) * step for full, side in zip((H, W), sides, strict=True))
     whole = _map_of(subject, name, subject.x)
     made = _map_of(subject, name, subject.x[..., top : top + sides[0], left : left + sides[1]])
-    begin = [round(top / stride), round(left / (W / shape[-1]))]
-    height, width = (min(m, w - b) for m, w, b in zip(made.shape[-2:], whole.shape[-2:], begin, strict=True))
-    part = whole[..., begin[0] : begin[0] + height, begin[1] : begin[1] + width]
-    return name, _error(made[..., :height, :width], part), stride
+    error, (stride, _) = _laid(made, whole, [(top, sides[0]), (left, sides[1])], (H, W))
+    return name, error, stride
 
 
 def _map_of(subject: Subject, name: str, x: Tensor) -> Tensor:
@@ -264,7 +278,8 @@ def _map_of(subject: Subject, name: str, x: Tensor) -> Tensor:
     return kept[-1] if name else next(t for t in tensors_in(output) if t.dim() >= 4 and min(t.shape[-2:]) > 1)
 
 
-def _findings(found: list[Layer], profile: tuple[float, ...], stride: float) -> list[Finding]:
+def _findings(found: list[Layer], profile: tuple[float, ...], stride: float, lost: float) -> list[Finding]:
+    """Of ``lost`` pixels fewer than the tile has there is no output, where convolutions do not pad."""
     told = []
     norms = [x for x in found if x.reach == "global" and x.norm]
     others = [x for x in found if x.reach == "global" and not x.norm]
@@ -300,8 +315,11 @@ def _findings(found: list[Layer], profile: tuple[float, ...], stride: float) -> 
         told.append(
             Finding(
                 "good",
-                f"The output changes only within {reach} positions ({reach * stride:.0f} pixels) of a tile's edge.",
-                f"let tiles overlap by twice that, {2 * reach * stride:.0f} pixels, and they agree with the whole.",
+                f"The output changes only within {many(reach, 'position')} ({reach * stride:.0f} pixels) of a tile's "
+                f"edge."
+                if reach
+                else "A tile gives exactly what the whole image gives there.",
+                f"let tiles overlap by {2 * reach * stride + lost:.0f} pixels, and they agree with the whole.",
             )
         )
     elif not norms and not others:
