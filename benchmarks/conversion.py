@@ -154,19 +154,22 @@ def fresh(model: nn.Module, to: str) -> nn.Module:
 FINE_TUNING = 200  # steps at batch 2
 RATES = (5e-4, 5e-5)  # of which the better one counts
 
-ANNEALED = "calibrated and annealed"
+ANNEALED = "groups chosen, annealed"
 
 Way = Callable[[nn.Module, str, list[Tensor]], nn.Module]
 WAYS: dict[str, Way] = {
     "fresh norms": lambda model, to, images: fresh(model, to),
     "scale and shift copied": lambda model, to, images: convert_batchnorm(model, to),
-    "calibrated, 8 groups": lambda model, to, images: convert_batchnorm(model, to, calibrate=images, groups=8),
-    "calibrated, groups chosen": lambda model, to, images: convert_batchnorm(model, to, calibrate=images),
+    "calibrated, 8 groups": lambda model, to, images: convert_batchnorm(
+        model, to, calibrate=images, groups=8, offset=0
+    ),
+    "groups chosen": lambda model, to, images: convert_batchnorm(model, to, calibrate=images, offset=0),
+    "constants added": lambda model, to, images: convert_batchnorm(model, to, calibrate=images),
     "and 200 steps without labels": lambda model, to, images: convert_batchnorm(
         model, to, calibrate=images, distill=200
     ),
     ANNEALED: lambda model, to, images: annealed(
-        model, convert_batchnorm(model, to, calibrate=images), FINE_TUNING // 2
+        model, convert_batchnorm(model, to, calibrate=images, offset=0), FINE_TUNING // 2
     ),
 }
 CONSTANT: dict[str, Way] = {
