@@ -228,6 +228,23 @@ def test_groups(net: nn.Module, images: Tensor) -> None:
     assert chosen.residuals["norm"] <= fixed.residuals["norm"]
 
 
+@pytest.mark.parametrize("to", ["gn", "ws+gn", "ln"])
+def test_constants_keep_what_samples_are_like(to: str, net: nn.Module, images: Tensor) -> None:
+    far = change(convert_batchnorm(net, to, calibrate=[images], offset=0), net, images)
+    made, report = convert_batchnorm(net, to, calibrate=[images], return_report=True)
+    assert change(made, net, images) < 0.5 * far
+    assert "block.conv1.bias" in report.new_parameters
+    with torch.no_grad():  # the constants are 4 standard deviations, of either sign in equal numbers
+        x = made.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # pyright: ignore
+        seen: list[Tensor] = []
+        made(images)
+        x.remove()
+    mean, std = seen[0].mean((0, 2, 3)), seen[0].std((0, 2, 3))
+    torch.testing.assert_close(std, torch.ones(8), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mean.abs(), torch.full((8,), 4.0), rtol=1e-3, atol=1e-3)
+    assert mean.sum().abs() < 1e-2
+
+
 def test_distillation_comes_nearer_still(net: nn.Module, images: Tensor) -> None:
     batches = list(images.split(2))
     calibrated = convert_batchnorm(net, "ws+gn", calibrate=batches)
@@ -268,12 +285,10 @@ def test_in_place_keeps_parameters(net: nn.Module, images: Tensor) -> None:
 
 def test_converted_networks_survive_copies_and_folding(net: nn.Module, images: Tensor) -> None:
     made = convert_batchnorm(net, "ws+gn", calibrate=[images])
-    again = convert_batchnorm(net, "ws+gn")
-    for name, module in again.named_modules():
-        if hasattr(module, "num_groups"):
-            module.num_groups = made.get_submodule(name).num_groups
-    again.load_state_dict(made.state_dict())
-    torch.testing.assert_close(again(images), made(images))
+    plain, report = convert_batchnorm(net, "ws+gn", calibrate=[images], offset=0, return_report=True)
+    again = convert_batchnorm(net, "ws+gn", groups=report.groups)
+    again.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(again(images), plain(images))
     torch.testing.assert_close(copy.deepcopy(made)(images), made(images))
     torch.testing.assert_close(fold(made)(images), made(images), rtol=1e-4, atol=1e-5)
 

@@ -233,8 +233,8 @@ def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, offset: float) -> Fit:
     moments = Moments()
     for x, _ in pairs:
         moments.add(x)
-    weight = conv.weight.clone()
-    bias: Tensor | None = None if conv.bias is None else conv.bias.clone()
+    weight, own = conv.weight.clone(), conv.bias
+    bias = None if own is None else own.clone()
     add_offsets(conv, what.layer.num_groups, moments, offset)  # pyright: ignore[reportArgumentType]
     better = _best(what, pairs, [])
     if better.left < fit.left:
@@ -242,7 +242,7 @@ def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, offset: float) -> Fit:
     conv.weight.copy_(weight)
     if isinstance(conv, StandardizedFilter):
         conv.restore_filters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    conv.bias = None if bias is None else nn.Parameter(bias, conv.bias.requires_grad)
+    conv.bias = own if bias is None else own.copy_(bias)
     return fit
 
 
