@@ -233,7 +233,8 @@ def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, offset: float) -> Fit:
     moments = Moments()
     for x, _ in pairs:
         moments.add(x)
-    weight, own = conv.weight.clone(), conv.bias
+    weight: Tensor = conv.weight.clone()
+    own: Any = conv.bias
     bias = None if own is None else own.clone()
     add_offsets(conv, what.layer.num_groups, moments, offset)  # pyright: ignore[reportArgumentType]
     better = _best(what, pairs, [])

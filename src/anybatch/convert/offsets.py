@@ -1,10 +1,10 @@
 """Constants in front of a group norm that keep its statistics from varying with the sample.
 
-A group norm takes away what BatchNorm keeps: how bright and how contrasted each sample is. Constants o that are added to
-its channels x, k standard deviations in size and of either sign in equal numbers, are most of what it sees. To first
-order in x / k it then computes ``(x - (1 . m) 1 / C - (o . m) o / |o|²) / k`` of channels with means m in the sample: an
-affine map, but for two sums of the m. Both hardly vary where channels are turned over so that they cancel: their signs
-are free, since the scale behind the norm turns them back.
+A group norm takes away what BatchNorm keeps: how bright and how contrasted each sample is. Constants o that are added
+to its channels x, k standard deviations in size and of either sign in equal numbers, are most of what it sees. To first
+order in x / k it then computes ``(x - (1 . m) 1 / C - (o . m) o / |o|²) / k`` of channels with means m in the sample:
+an affine map, but for two sums of the m. Both hardly vary where channels are turned over so that they cancel: their
+signs are free, since the scale behind the norm turns them back.
 """
 
 from __future__ import annotations
