@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -15,6 +16,7 @@ from anybatch import layers
 from anybatch.convert import convert_batchnorm, fold, freeze_batchnorm, precise_batchnorm
 from anybatch.convert.calibrate import Sums, group_numbers
 from anybatch.convert.kinds import as_affine, is_batchnorm
+from anybatch.convert.offsets import _balanced_signs, _free_signs
 from anybatch.methods.common import Taken
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -145,6 +147,29 @@ def test_constants_of_a_batchnorm() -> None:
                         "num_batches_tracked": torch.tensor(1)})  # fmt: skip
     scale, shift = as_affine(bn)
     assert (scale.item(), shift.item()) == (1.5, -2.0)
+
+
+def test_signs_cancel_what_varies_together() -> None:
+    torch.manual_seed(0)
+    means = torch.randn(200, 1).double() + 0.1 * torch.randn(200, 8).double()  # channels that brighten together
+    cov = torch.cov(means.T)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=8))).double()
+    spread = ((signs @ cov) * signs).sum(1)
+    free, balanced = _free_signs(cov), _balanced_signs(cov)
+    assert free @ cov @ free <= 2 * spread.min()
+    assert balanced.sum() == 0
+    assert balanced @ cov @ balanced <= 2 * spread[signs.sum(1) == 0].min()
+
+
+def test_constants_make_a_group_norm_affine_to_first_order() -> None:
+    """As the formula of `anybatch.convert.offsets` says, with an error that falls with the square of k."""
+    torch.manual_seed(0)
+    x, o = torch.randn(3, 4, 50).double(), torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+    means = x.mean(2)
+    affine = x - means.mean(1)[:, None, None] - (means @ o)[:, None, None] * o[None, :, None] / 4
+    for k in (100.0, 1000.0):
+        y = layers.GroupNorm(4, 1, eps=0.0, affine=False)(x + k * o[None, :, None])
+        assert ((y - o[None, :, None]) * k - affine).abs().max() < 10 / k
 
 
 # What is kept

@@ -234,7 +234,7 @@ def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, offset: float) -> Fit:
     for x, _ in pairs:
         moments.add(x)
     weight: Tensor = conv.weight.clone()
-    own: Any = conv.bias
+    own = conv.bias
     bias = None if own is None else own.clone()
     add_offsets(conv, what.layer.num_groups, moments, offset)  # pyright: ignore[reportArgumentType]
     better = _best(what, pairs, [])
@@ -243,7 +243,9 @@ def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, offset: float) -> Fit:
     conv.weight.copy_(weight)
     if isinstance(conv, StandardizedFilter):
         conv.restore_filters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    conv.bias = own if bias is None else own.copy_(bias)
+    if own is not None and bias is not None:
+        own.copy_(bias)
+    conv.bias = own
     return fit
 
 
