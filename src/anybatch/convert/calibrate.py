@@ -139,7 +139,7 @@ def fit_norms(
     """Fit the new layers one after another, each on what it takes behind those that are fitted already.
 
     The target is what the old BatchNorm in the same place gives in evaluation. Passes end at the layer, so that a
-    network of L norms takes about L passes over the images, in the old and the new network together.
+    network of L norms takes about L passes over the images, in both networks together, and 2 L with ``offset``.
 
     Args:
         old: The network with BatchNorm, in evaluation.
@@ -163,9 +163,10 @@ def fit_norms(
         name = names[key]
         what, pairs = fitted[name], _Pairs(old, new, name, fitted[name], times, batches)
         layer: Any = what.layer
-        fit = _best(what, pairs, _choices(layer) if choose else [])
-        if offset and times == 1 and what.feeder is not None and can_have(layer):
-            fit = _with_offsets(what, pairs, fit, offset)
+        moments = Moments() if offset and times == 1 and what.feeder is not None else None
+        fit = _best(what, pairs, _choices(layer) if choose else [], moments)
+        if moments is not None and can_have(layer):
+            fit = _with_offsets(what, pairs, fit, moments, offset)
         if isinstance(layer, nn.modules.conv._ConvNd):
             absorb(layer, fit.scale, fit.shift)
         else:
@@ -210,13 +211,15 @@ class _Pairs:
                 yield x, t.relu() if self.what.activated else t
 
 
-def _best(what: Fitted, pairs: _Pairs, numbers: list[int]) -> Fit:
-    """The fit of the layer, with the number of groups of which least is left."""
+def _best(what: Fitted, pairs: _Pairs, numbers: list[int], moments: Moments | None = None) -> Fit:
+    """The fit of the layer, with the number of groups of which least is left, and moments of what it takes."""
     layer: Any = what.layer
     tried = {number: Sums() for number in numbers or [0]}
     for x, t in pairs:
         for number, sums in tried.items():
             sums.add(_plain(layer, x, number), t)
+        if moments is not None:
+            moments.add(x)
     fits = {number: Fit(*sums.fit(layer.bias.numel())) for number, sums in tried.items()}
     best = min(fits, key=lambda number: fits[number].left)
     fit = fits[best]
@@ -227,12 +230,9 @@ def _best(what: Fitted, pairs: _Pairs, numbers: list[int]) -> Fit:
     return fit
 
 
-def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, offset: float) -> Fit:
+def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, moments: Moments, offset: float) -> Fit:
     """The fit with constants in front of the norm, which are taken back where they do not serve."""
     conv: Any = what.feeder
-    moments = Moments()
-    for x, _ in pairs:
-        moments.add(x)
     weight: Tensor = conv.weight.clone()
     own = conv.bias
     bias = None if own is None else own.clone()
