@@ -259,6 +259,7 @@ def test_constants_keep_what_samples_are_like(to: str, net: nn.Module, images: T
     made, report = convert_batchnorm(net, to, calibrate=[images], return_report=True)
     assert change(made, net, images) < 0.7 * far  # of 8 channels two sums are much
     assert "block.conv1.bias" in report.new_parameters
+    assert sorted(report.offsets) == ["block.bn1", "block.bn2", "bn", "norm"]
     with torch.no_grad():  # the constants are 4 standard deviations, of either sign in equal numbers
         x = made.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # pyright: ignore
         seen: list[Tensor] = []

@@ -185,6 +185,8 @@ def _show(report: ConversionReport) -> None:
     for name, why in (*report.left.items(), *report.convolutions_left.items()):
         table.add_row(name, f"stays: {why}")
     out_console.print(table, markup=False, highlight=False)
+    if report.offsets:
+        out_console.print(f"constants added in front of {len(report.offsets)} norms", highlight=False)
     if report.heads:
         out_console.print(f"fitted anew behind the norms: {listed(report.heads)}", markup=False, highlight=False)
     if report.new_parameters:

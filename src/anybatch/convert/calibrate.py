@@ -239,6 +239,7 @@ def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, moments: Moments, offse
     add_offsets(conv, what.layer.num_groups, moments, offset)  # pyright: ignore[reportArgumentType]
     better = _best(what, pairs, [])
     if better.left < fit.left:
+        what.offset = offset
         return better
     conv.weight.copy_(weight)
     if isinstance(conv, StandardizedFilter):

@@ -235,6 +235,7 @@ def _report(old: nn.Module, new: nn.Module, plan: Plan, target: Target, learned:
         convolutions_left=plan.convolutions_left,
         groups={name: int(n) for name, layer in layers.items() if (n := getattr(layer, "num_groups", None))},
         residuals={} if learned is None else learned.residuals,
+        offsets=tuple(name for name, what in plan.fitted.items() if what.offset),
         heads=() if learned is None else learned.heads,
         drift=drift,
         new_parameters=tuple(key for key in new.state_dict() if key not in had),

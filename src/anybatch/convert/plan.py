@@ -33,6 +33,8 @@ class Fitted:
     """Whether its scale and shift act on what is activated already."""
     feeder: nn.Module | None = None
     """The new network's convolution whose output it alone takes, if constants may be added there."""
+    offset: float = 0.0
+    """Size of the constants that calibration added, in standard deviations."""
 
 
 @dataclass
