@@ -154,17 +154,22 @@ def fresh(model: nn.Module, to: str) -> nn.Module:
 FINE_TUNING = 200  # steps at batch 2
 RATES = (5e-4, 5e-5)  # of which the better one counts
 
+ANNEALED = "groups chosen, annealed"
+
 Way = Callable[[nn.Module, str, list[Tensor]], nn.Module]
 WAYS: dict[str, Way] = {
     "fresh norms": lambda model, to, images: fresh(model, to),
     "scale and shift copied": lambda model, to, images: convert_batchnorm(model, to),
-    "calibrated, 8 groups": lambda model, to, images: convert_batchnorm(model, to, calibrate=images, groups=8),
-    "calibrated, groups chosen": lambda model, to, images: convert_batchnorm(model, to, calibrate=images),
+    "calibrated, 8 groups": lambda model, to, images: convert_batchnorm(
+        model, to, calibrate=images, groups=8, offset=0
+    ),
+    "groups chosen": lambda model, to, images: convert_batchnorm(model, to, calibrate=images, offset=0),
+    "constants added": lambda model, to, images: convert_batchnorm(model, to, calibrate=images),
     "and 200 steps without labels": lambda model, to, images: convert_batchnorm(
         model, to, calibrate=images, distill=200
     ),
-    "calibrated and annealed": lambda model, to, images: annealed(
-        model, convert_batchnorm(model, to, calibrate=images), FINE_TUNING // 2
+    ANNEALED: lambda model, to, images: annealed(
+        model, convert_batchnorm(model, to, calibrate=images, offset=0), FINE_TUNING // 2
     ),
 }
 CONSTANT: dict[str, Way] = {
@@ -173,10 +178,10 @@ CONSTANT: dict[str, Way] = {
 }
 
 
-def convert(name: str, root: str, seed: int, out: Path) -> None:
+def convert(name: str, root: str, seed: int, out: Path, *, tune: bool) -> None:
     """Rows of one trained network: accuracy after each way of converting it, and after fine-tuning."""
     path = out / "rows.jsonl"
-    done = {(r["data"], r["seed"], r["to"], r["way"]) for r in read_rows(path)}
+    done = {key for key, row in read_rows(path).items() if row["fine_tuned"] or not tune}
     split = split_of(name, root)
     model = network(split)
     model.load_state_dict(torch.load(kept_at(out, name, seed), weights_only=True))
@@ -187,7 +192,7 @@ def convert(name: str, root: str, seed: int, out: Path) -> None:
         *(("bn", way, make) for way, make in CONSTANT.items()),
         *((to, way, make) for to in ("gn", "ws+gn") for way, make in WAYS.items()),
     ]:
-        if (name, seed, to, way) in done:
+        if (name, seed, to, way) in done or (way == ANNEALED and not tune):
             continue
         torch.manual_seed(seed)
         started = time.process_time()
@@ -195,8 +200,8 @@ def convert(name: str, root: str, seed: int, out: Path) -> None:
         row = {"data": name, "seed": seed, "to": to, "way": way, "original": original}
         row["seconds"] = round(time.process_time() - started, 1)
         row["converted"] = right(converted, split.val)
-        after = []
-        for lr in RATES:
+        after: list[float] = []
+        for lr in RATES if tune else ():
             tuned = copy.deepcopy(converted)
             fit(tuned, split.train, batch=2, steps=FINE_TUNING, lr=lr, seed=seed)
             after.append(right(tuned, split.val))
@@ -219,13 +224,26 @@ def plain(images: Images, count: int) -> Tensor:
         images._shift, images._flip = state
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def read_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The last row of each network and way."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {(row["data"], row["seed"], row["to"], row["way"]): row for row in rows}
+
+
+def cells(pairs: list[tuple[float, float]]) -> tuple[str, str]:
+    """Mean and standard deviation, and the share of the original's accuracy, in %; with less than 3 seeds how many."""
+    if not pairs:
+        return "", ""
+    values = [value for value, _ in pairs]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    few = "" if len(values) >= 3 else f" (n = {len(values)})"
+    kept = statistics.mean(value / original for value, original in pairs)
+    return f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}{few}", f"{100 * kept:.1f}"
 
 
 def table(out: Path) -> str:
     """Means over the seeds, in % of the test images, and the share of the original's accuracy that is kept."""
-    rows = read_rows(out / "rows.jsonl")
+    rows = list(read_rows(out / "rows.jsonl").values())
     lines = []
     for name in dict.fromkeys(row["data"] for row in rows):
         mine = [row for row in rows if row["data"] == name]
@@ -243,10 +261,8 @@ def table(out: Path) -> str:
             group = [row for row in mine if (row["to"], row["way"]) == (to, way)]
             told = [to, way]
             for key in ("converted", "fine_tuned"):
-                values = [max(row[key]) if isinstance(row[key], list) else row[key] for row in group]
-                kept = statistics.mean(v / row["original"] for v, row in zip(values, group, strict=True))
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                told += [f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}", f"{100 * kept:.1f}"]
+                pairs = [(row[key] if key == "converted" else max(row[key], default=None), row) for row in group]
+                told += cells([(value, row["original"]) for value, row in pairs if value is not None])
             lines.append("| " + " | ".join(told) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -259,12 +275,16 @@ def main() -> None:
     parser.add_argument("--root")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--no-fine-tuning", action="store_true", help="rows of the conversion alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.do == "table":
         print(table(given.out))
         return
-    (train if given.do == "train" else convert)(given.data, given.root, given.seed, given.out)
+    if given.do == "train":
+        train(given.data, given.root, given.seed, given.out)
+    else:
+        convert(given.data, given.root, given.seed, given.out, tune=not given.no_fine_tuning)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -15,6 +16,7 @@ from anybatch import layers
 from anybatch.convert import convert_batchnorm, fold, freeze_batchnorm, precise_batchnorm
 from anybatch.convert.calibrate import Sums, group_numbers
 from anybatch.convert.kinds import as_affine, is_batchnorm
+from anybatch.convert.offsets import _balanced_signs, _free_signs
 from anybatch.methods.common import Taken
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -147,6 +149,29 @@ def test_constants_of_a_batchnorm() -> None:
     assert (scale.item(), shift.item()) == (1.5, -2.0)
 
 
+def test_signs_cancel_what_varies_together() -> None:
+    torch.manual_seed(0)
+    means = torch.randn(200, 1).double() + 0.1 * torch.randn(200, 8).double()  # channels that brighten together
+    cov = torch.cov(means.T)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=8))).double()
+    spread = ((signs @ cov) * signs).sum(1)
+    free, balanced = _free_signs(cov), _balanced_signs(cov)
+    assert free @ cov @ free <= 2 * spread.min()
+    assert balanced.sum() == 0
+    assert balanced @ cov @ balanced <= 2 * spread[signs.sum(1) == 0].min()
+
+
+def test_constants_make_a_group_norm_affine_to_first_order() -> None:
+    """As the formula of `anybatch.convert.offsets` says, with an error that falls with the square of k."""
+    torch.manual_seed(0)
+    x, o = torch.randn(3, 4, 50).double(), torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+    means = x.mean(2)
+    affine = x - means.mean(1)[:, None, None] - (means @ o)[:, None, None] * o[None, :, None] / 4
+    for k in (100.0, 1000.0):
+        y = layers.GroupNorm(4, 1, eps=0.0, affine=False)(x + k * o[None, :, None])
+        assert ((y - o[None, :, None]) * k - affine).abs().max() < 10 / k
+
+
 # What is kept
 
 
@@ -228,6 +253,24 @@ def test_groups(net: nn.Module, images: Tensor) -> None:
     assert chosen.residuals["norm"] <= fixed.residuals["norm"]
 
 
+@pytest.mark.parametrize("to", ["gn", "ws+gn", "ln"])
+def test_constants_keep_what_samples_are_like(to: str, net: nn.Module, images: Tensor) -> None:
+    far = change(convert_batchnorm(net, to, calibrate=[images], offset=0), net, images)
+    made, report = convert_batchnorm(net, to, calibrate=[images], return_report=True)
+    assert change(made, net, images) < 0.7 * far  # of 8 channels two sums are much
+    assert "block.conv1.bias" in report.new_parameters
+    assert sorted(report.offsets) == ["block.bn1", "block.bn2", "bn", "norm"]
+    with torch.no_grad():  # the constants are 4 standard deviations, of either sign in equal numbers
+        x = made.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # pyright: ignore
+        seen: list[Tensor] = []
+        made(images)
+        x.remove()
+    mean, std = seen[0].mean((0, 2, 3)), seen[0].std((0, 2, 3))
+    torch.testing.assert_close(std, torch.ones(8), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mean.abs(), torch.full((8,), 4.0), rtol=1e-3, atol=1e-3)
+    assert mean.sum().abs() < 1e-2
+
+
 def test_distillation_comes_nearer_still(net: nn.Module, images: Tensor) -> None:
     batches = list(images.split(2))
     calibrated = convert_batchnorm(net, "ws+gn", calibrate=batches)
@@ -268,12 +311,10 @@ def test_in_place_keeps_parameters(net: nn.Module, images: Tensor) -> None:
 
 def test_converted_networks_survive_copies_and_folding(net: nn.Module, images: Tensor) -> None:
     made = convert_batchnorm(net, "ws+gn", calibrate=[images])
-    again = convert_batchnorm(net, "ws+gn")
-    for name, module in again.named_modules():
-        if hasattr(module, "num_groups"):
-            module.num_groups = made.get_submodule(name).num_groups
-    again.load_state_dict(made.state_dict())
-    torch.testing.assert_close(again(images), made(images))
+    plain, report = convert_batchnorm(net, "ws+gn", calibrate=[images], offset=0, return_report=True)
+    again = convert_batchnorm(net, "ws+gn", groups=report.groups)
+    again.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(again(images), plain(images))
     torch.testing.assert_close(copy.deepcopy(made)(images), made(images))
     torch.testing.assert_close(fold(made)(images), made(images), rtol=1e-4, atol=1e-5)
 

@@ -69,6 +69,14 @@ def convert_model(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Of the steps without labels.")] = 2,
     distill: Annotated[int, typer.Option(min=0, help="Steps without labels that match the old network.")] = 0,
     groups: Annotated[str, typer.Option(help="Of norms with groups: a number, or auto.")] = "auto",
+    offset: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Standard deviations of constants in front of group norms: more keeps more of what was learned, and "
+            "normalizes less; 4 by default.",
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="A module that stays, with all it holds; repeatable.")
     ] = None,
@@ -91,6 +99,7 @@ def convert_model(
     if distill and data is None:
         raise UserError("--distill needs images: --data digits, cifar10, imagefolder:DIR, ...")
     from anybatch.convert import convert_batchnorm
+    from anybatch.convert.offsets import OFFSET
     from anybatch.convert.saved import Origin, save_converted
 
     how = {"scheme": scheme, "weights": weights and str(weights), "num_classes": num_classes}
@@ -107,6 +116,7 @@ def convert_model(
                 groups="auto" if groups == "auto" else int(groups),
                 dp=dp,
                 distill=distill,
+                offset=OFFSET if offset is None else offset,
                 return_report=True,
                 tell=tell,
             )
@@ -175,6 +185,8 @@ def _show(report: ConversionReport) -> None:
     for name, why in (*report.left.items(), *report.convolutions_left.items()):
         table.add_row(name, f"stays: {why}")
     out_console.print(table, markup=False, highlight=False)
+    if report.offsets:
+        out_console.print(f"constants added in front of {len(report.offsets)} norms", highlight=False)
     if report.heads:
         out_console.print(f"fitted anew behind the norms: {listed(report.heads)}", markup=False, highlight=False)
     if report.new_parameters:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from torch.func import functional_call
 
 from anybatch.convert.batches import Batch, outputs
 from anybatch.convert.kinds import evaluated, wide
+from anybatch.convert.offsets import Moments, add_offsets, can_have
 from anybatch.convert.plan import Fitted
 from anybatch.convert.target import absorb
 from anybatch.methods.common import widened
+from anybatch.methods.filters import StandardizedFilter
 
 Tell = Callable[[int, int], object]
 """Called with what is done and what there is to do."""
@@ -130,12 +133,13 @@ def fit_norms(
     batches: list[Batch],
     *,
     choose: bool,
+    offset: float = 0.0,
     tell: Tell | None = None,
 ) -> dict[str, float]:
     """Fit the new layers one after another, each on what it takes behind those that are fitted already.
 
     The target is what the old BatchNorm in the same place gives in evaluation. Passes end at the layer, so that a
-    network of L norms takes about L passes over the images, in the old and the new network together.
+    network of L norms takes about L passes over the images, in both networks together, and 2 L with ``offset``.
 
     Args:
         old: The network with BatchNorm, in evaluation.
@@ -143,6 +147,7 @@ def fit_norms(
         fitted: What to fit, by name; ``old`` layers are those of the old network.
         batches: Images.
         choose: Whether to choose numbers of groups.
+        offset: Size of the constants in front of norms, in standard deviations; see `anybatch.convert.offsets`.
         tell: Progress.
 
     Returns:
@@ -155,36 +160,94 @@ def fit_norms(
     calls = call_order(old, [what.old for what in fitted.values()], batches[0])
     left: dict[str, float] = {}
     for done, (key, times) in enumerate(calls.items(), 1):
-        what = fitted[names[key]]
+        name = names[key]
+        what, pairs = fitted[name], _Pairs(old, new, name, fitted[name], times, batches)
         layer: Any = what.layer
-        numbers = _choices(layer) if choose else []
-        tried = {number: Sums() for number in numbers or [0]}
-        for batch in batches:
-            theirs = taken_by(what.old, old, batch, times)
-            ours = taken_by(layer, new, batch, times)
-            if len(theirs) != len(ours):
-                raise ValueError(f"layer {names[key]!r} is called {len(theirs)} times in one network, {len(ours)} here")
-            for x, u in zip(ours, theirs, strict=True):
-                t = evaluated(what.old, u)
-                t = t.relu() if what.activated else t
-                for number, sums in tried.items():
-                    sums.add(_plain(layer, x, number), t)
-        fits = {number: sums.fit(layer.bias.numel()) for number, sums in tried.items()}
-        best = min(fits, key=lambda number: fits[number][2])
-        scale, shift, rest = fits[best]
-        if not (scale.isfinite().all() and shift.isfinite().all()):
-            raise ValueError(f"layer {names[key]!r} takes values that are not finite, or too large to calibrate on")
-        if best:
-            layer.num_groups = best
+        moments = Moments() if offset and times == 1 and what.feeder is not None else None
+        fit = _best(what, pairs, _choices(layer) if choose else [], moments)
+        if moments is not None and can_have(layer):
+            fit = _with_offsets(what, pairs, fit, moments, offset)
         if isinstance(layer, nn.modules.conv._ConvNd):
-            absorb(layer, scale, shift)
+            absorb(layer, fit.scale, fit.shift)
         else:
-            layer.weight.copy_(scale)
-            layer.bias.copy_(shift)
-        left[names[key]] = rest
+            layer.weight.copy_(fit.scale)
+            layer.bias.copy_(fit.shift)
+        left[name] = fit.left
         if tell is not None:
             tell(done, len(calls))
     return left
+
+
+class Fit(NamedTuple):
+    """Least squares of a layer's output."""
+
+    scale: Tensor
+    shift: Tensor
+    left: float
+    """The share of the target's variance that is left."""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What a layer takes, and what BatchNorm gave there."""
+
+    old: nn.Module
+    new: nn.Module
+    name: str
+    what: Fitted
+    times: int
+    batches: list[Batch]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.batches:
+            theirs = taken_by(self.what.old, self.old, batch, self.times)
+            ours = taken_by(self.what.layer, self.new, batch, self.times)
+            if len(theirs) != len(ours):
+                raise ValueError(
+                    f"layer {self.name!r} is called {len(theirs)} times in one network, {len(ours)} in the other"
+                )
+            for x, u in zip(ours, theirs, strict=True):
+                t = evaluated(self.what.old, u)
+                yield x, t.relu() if self.what.activated else t
+
+
+def _best(what: Fitted, pairs: _Pairs, numbers: list[int], moments: Moments | None = None) -> Fit:
+    """The fit of the layer, with the number of groups of which least is left, and moments of what it takes."""
+    layer: Any = what.layer
+    tried = {number: Sums() for number in numbers or [0]}
+    for x, t in pairs:
+        for number, sums in tried.items():
+            sums.add(_plain(layer, x, number), t)
+        if moments is not None:
+            moments.add(x)
+    fits = {number: Fit(*sums.fit(layer.bias.numel())) for number, sums in tried.items()}
+    best = min(fits, key=lambda number: fits[number].left)
+    fit = fits[best]
+    if not (fit.scale.isfinite().all() and fit.shift.isfinite().all()):
+        raise ValueError(f"layer {pairs.name!r} takes values that are not finite, or too large to calibrate on")
+    if best:
+        layer.num_groups = best
+    return fit
+
+
+def _with_offsets(what: Fitted, pairs: _Pairs, fit: Fit, moments: Moments, offset: float) -> Fit:
+    """The fit with constants in front of the norm, which are taken back where they do not serve."""
+    conv: Any = what.feeder
+    weight: Tensor = conv.weight.clone()
+    own = conv.bias
+    bias = None if own is None else own.clone()
+    add_offsets(conv, what.layer.num_groups, moments, offset)  # pyright: ignore[reportArgumentType]
+    better = _best(what, pairs, [])
+    if better.left < fit.left:
+        what.offset = offset
+        return better
+    conv.weight.copy_(weight)
+    if isinstance(conv, StandardizedFilter):
+        conv.restore_filters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    if own is not None and bias is not None:
+        own.copy_(bias)
+    conv.bias = own
+    return fit
 
 
 def _choices(layer: Any) -> list[int]:

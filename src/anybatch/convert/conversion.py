@@ -16,6 +16,7 @@ from anybatch.convert.batches import Batch, evaluating, taken, together
 from anybatch.convert.calibrate import drift, fit_norms
 from anybatch.convert.distill import match_outputs
 from anybatch.convert.heads import fit_heads
+from anybatch.convert.offsets import OFFSET
 from anybatch.convert.out_of_place import make_out_of_place, overwrites
 from anybatch.convert.places import Place, held
 from anybatch.convert.plan import Plan, Planner
@@ -25,7 +26,7 @@ from anybatch.convert.target import Target
 from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.methods.group_norm import Groups
 from anybatch.methods.parameters import bare
-from anybatch.scheme import Scheme
+from anybatch.scheme import Scheme, check_number
 
 Tell = Callable[[str, int, int], object]
 """Called with the phase, what is done of it and what there is to do."""
@@ -51,6 +52,7 @@ def convert_batchnorm(
     dp: bool = False,
     inplace: bool = False,
     distill: int = 0,
+    offset: float = OFFSET,
     return_report: Literal[False] = False,
     tell: Tell | None = None,
 ) -> nn.Module: ...
@@ -67,6 +69,7 @@ def convert_batchnorm(
     dp: bool = False,
     inplace: bool = False,
     distill: int = 0,
+    offset: float = OFFSET,
     return_report: Literal[True],
     tell: Tell | None = None,
 ) -> tuple[nn.Module, ConversionReport]: ...
@@ -82,6 +85,7 @@ def convert_batchnorm(
     dp: bool = False,
     inplace: bool = False,
     distill: int = 0,
+    offset: float = OFFSET,
     return_report: bool = False,
     tell: Tell | None = None,
 ) -> nn.Module | tuple[nn.Module, ConversionReport]:
@@ -120,6 +124,10 @@ def convert_batchnorm(
         inplace: Whether to change the network itself, instead of a copy. Parameters that stay are the same objects.
         distill: Steps in which all parameters learn to give the old network's outputs, over the batches of
             ``calibrate`` as they come. No labels.
+        offset: Calibration adds constants of so many standard deviations in front of group norms, by biases of
+            convolutions whose filters it scales and turns over for that: without them such a norm takes away what each
+            sample is like as a whole, which BatchNorm kept. The larger, the more is kept, and the less is normalized;
+            0 for none.
         return_report: Whether to tell what was done too.
         tell: Called with the phase, what is done and what there is to do.
 
@@ -148,13 +156,15 @@ def convert_batchnorm(
         raise ValueError("distill needs images: give calibrate= a loader of your batch size, labels are not needed")
     if dp and importlib.util.find_spec("opacus") is None:
         raise ImportError("dp=True needs Opacus: pip install 'anybatch[dp]'")
+    check_number("offset", offset)
     old = bare(model)
     if lazy := [name for name, tensor in (*old.named_parameters(), *old.named_buffers()) if is_lazy(tensor)]:
         raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
     before = held(old)
     new = copy.deepcopy(old)
     places = held(new)
-    plan = Planner(new, places, target, (exclude,) if isinstance(exclude, str) else tuple(exclude)).made()
+    names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    plan = Planner(new, places, target, names, feeders=bool(offset) and calibrate is not None).made()
     if not plan.replaced:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left.items())[:3])
         raise ValueError(f"no BatchNorm of the model becomes {target.scheme}: {why or 'it has none'}")
@@ -168,7 +178,7 @@ def convert_batchnorm(
     if inplace and id(new) in plan.swaps:
         raise ValueError("inplace=True cannot replace the model itself, which is a BatchNorm; take what is returned")
     new = plan.swaps.get(id(new), new)
-    told = _learned(old, new, plan, None if calibrate is None else taken(calibrate, old), target, distill, tell)
+    told = _learned(old, new, plan, None if calibrate is None else taken(calibrate, old), target, distill, offset, tell)
     report = _report(old, new, plan, target, told)
     kept = any(getattr(layer, "keeps_output", False) for layer in plan.new.values())
     if dp:
@@ -192,6 +202,7 @@ def _learned(
     batches: list[Batch] | None,
     target: Target,
     distill: int,
+    offset: float,
     tell: Tell | None,
 ) -> Learned | None:
     """Calibrate a converted network, and distill if that is asked for."""
@@ -203,7 +214,7 @@ def _learned(
 
     larger = together(batches)
     with evaluating(old, new):
-        left = fit_norms(old, new, plan.fitted, larger, choose=target.chooses, tell=phase("calibrate"))
+        left = fit_norms(old, new, plan.fitted, larger, choose=target.chooses, offset=offset, tell=phase("calibrate"))
         norms = [what.old for what in plan.fitted.values()]
         heads = fit_heads(old, new, norms, larger) if norms else []
         if distill:
@@ -224,6 +235,7 @@ def _report(old: nn.Module, new: nn.Module, plan: Plan, target: Target, learned:
         convolutions_left=plan.convolutions_left,
         groups={name: int(n) for name, layer in layers.items() if (n := getattr(layer, "num_groups", None))},
         residuals={} if learned is None else learned.residuals,
+        offsets=tuple(name for name, what in plan.fitted.items() if what.offset),
         heads=() if learned is None else learned.heads,
         drift=drift,
         new_parameters=tuple(key for key in new.state_dict() if key not in had),
@@ -246,9 +258,12 @@ def _graft(old: nn.Module, before: list[Place], places: list[Place], new: nn.Mod
     values = dict(new.named_parameters())
     for name, value in values.items():
         mine = own.get(name)
-        if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
+        owner, _, key = name.rpartition(".")
+        if mine is None:
+            setattr(old.get_submodule(owner), key, value)
+            continue
+        if mine.shape != value.shape or mine.dtype != value.dtype:
             continue
         mine.copy_(value)
         mine.requires_grad_(value.requires_grad)
-        owner, _, key = name.rpartition(".")
         setattr(old.get_submodule(owner), key, mine)

@@ -17,7 +17,7 @@ from anybatch.convert.kinds import evaluated
 from anybatch.convert.plan import Fitted
 from anybatch.methods.common import widened
 
-LR = 5e-4
+LR = 1e-4
 """Of Adam, at the start of a cosine."""
 _INNER = 10.0
 """Weight of what norms give beside what the network gives. Without it, at batch 2, less is kept: docs/studies."""

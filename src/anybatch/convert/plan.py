@@ -31,6 +31,10 @@ class Fitted:
     layer: nn.Module
     activated: bool = False
     """Whether its scale and shift act on what is activated already."""
+    feeder: nn.Module | None = None
+    """The new network's convolution whose output it alone takes, if constants may be added there."""
+    offset: float = 0.0
+    """Size of the constants that calibration added, in standard deviations."""
 
 
 @dataclass
@@ -68,8 +72,10 @@ def excluded(places: list[Place], exclude: tuple[str, ...]) -> set[int]:
 class Planner:
     """Plans the conversion of a network, which it does not change: but parameters become the new layers' too."""
 
-    def __init__(self, model: nn.Module, places: list[Place], target: Target, exclude: tuple[str, ...]) -> None:
-        self.model, self.target = model, target
+    def __init__(
+        self, model: nn.Module, places: list[Place], target: Target, exclude: tuple[str, ...], *, feeders: bool
+    ) -> None:
+        self.model, self.target, self.feeders = model, target, feeders
         self.names: dict[int, str] = {id(model): ""}
         modules = {id(model): model}
         for place in places:
@@ -90,7 +96,7 @@ class Planner:
         """The plan."""
         plain = all(isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d) for norm in self.norms)
         by_dims = self.target.by_dims and not plain  # what feeds the others tells their dimensions
-        self.graphs = self._traced() if self.target.reads_graph or by_dims else []
+        self.graphs = self._traced() if self.target.reads_graph or by_dims or self.feeders else []
         going: list[nn.Module] = []
         for norm in self.norms:
             reason = "excluded" if id(norm) in self.excluded else changed(norm) or own_forward(norm)
@@ -106,7 +112,19 @@ class Planner:
             self._try(norm, self._exchange)
         if self.target.scheme.conv is not None:
             self._standardize([norm for norm in going if id(norm) in self.plan.swaps])
+        if self.feeders:
+            for what in self.plan.fitted.values():
+                what.feeder = self._feeding_alone(what.old)
         return self.plan
+
+    def _feeding_alone(self, norm: nn.Module) -> nn.Module | None:
+        graphs = self._reached(norm, self.graphs)
+        conv = "" if graphs is None else feeding_layer(graphs, norm)
+        if not isinstance(conv, _CONVS) or self._kept_plain(conv, depthwise=True):
+            return None
+        if any(self.tied[id(p)] > 1 for p in conv.parameters()):
+            return None
+        return self.plan.swaps.get(id(conv), conv)
 
     def _traced(self) -> list[Graphs]:
         """Traces in evaluation and, where these leave out a norm, in training too, where heads may be added."""

@@ -26,6 +26,8 @@ class ConversionReport:
     """The number of groups of each new norm that has groups."""
     residuals: dict[str, float] = field(default_factory=dict)
     """The share of the old output's variance that calibration left unexplained, by new layer."""
+    offsets: tuple[str, ...] = ()
+    """New norms in front of which calibration added constants; see `anybatch.convert.offsets`."""
     heads: tuple[str, ...] = ()
     """Layers behind the last norm that calibration changed."""
     drift: float | None = None
@@ -45,6 +47,8 @@ class ConversionReport:
             told.append(f"{len(self.convolutions)} convolutions changed, {len(self.convolutions_left)} left plain")
         told += [f"{name} left: {why}" for name, why in self.left.items()]
         told += [f"{name} plain: {why}" for name, why in self.convolutions_left.items()]
+        if self.offsets:
+            told.append(f"constants in front of {len(self.offsets)} of the norms")
         if self.heads:
             told.append(f"fitted anew behind the norms: {listed(list(self.heads))}")
         if self.drift is not None:

@@ -33,7 +33,8 @@ class Origin:
 
 def save_converted(model: nn.Module, path: Path, origin: Origin, report: ConversionReport) -> None:
     """Write a converted network as safetensors, whole or not at all."""
-    facts = {**vars(origin), "to": report.to, "groups": report.groups}
+    new = [key.removesuffix(".bias") for key in report.new_parameters if key.endswith(".bias")]
+    facts = {**vars(origin), "to": report.to, "groups": report.groups, "biases": new}
     save_tensors(model.state_dict(), path, {_KEY: json.dumps(facts)})
 
 
@@ -75,6 +76,9 @@ def load_converted(path: Path) -> Named:
     model = convert_batchnorm(
         found.model, facts["to"], exclude=facts["exclude"], groups=facts["groups"] or "auto", dp=facts["dp"]
     )
+    for conv in map(model.get_submodule, facts["biases"]):
+        if getattr(conv, "bias", None) is None:
+            conv.bias = nn.Parameter(conv.get_parameter("weight").new_zeros(len(conv.get_parameter("weight"))))
     try:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:
