@@ -18,6 +18,7 @@ from anybatch.bench import cases, choice, layers, runner, settings, targets, tim
 from anybatch.bench.cell import Cell
 from anybatch.bench.figure import figure
 from anybatch.bench.tables import comparison, speed_page
+from anybatch.kernels import fused_kn_conv
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["--quick", "--repeats", "1", "--contiguous", "--batch-sizes", "1"]
@@ -163,6 +164,19 @@ def test_what_disagrees_with_float64_is_refused(
     if status == "refused":
         assert gn["seconds"] is None
         assert "relative to float64's" in gn["message"]
+
+
+def test_steps_with_wrong_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fused_kn_conv.pulled_back
+
+    def wrong(*args: Any) -> fused_kn_conv.Gradients:
+        found = right(*args)
+        return found._replace(weight=None if found.weight is None else 1.001 * found.weight)
+
+    monkeypatch.setattr(fused_kn_conv, "pulled_back", wrong)
+    bn, kn = quick(cases=["step"], schemes=["kn(p=0)"])
+    assert (bn["status"], kn["status"]) == ("ok", "refused")
+    assert str(kn["message"]).startswith("the gradient of the parameters errs by")
 
 
 def test_what_cannot_run_is_a_row_and_the_others_go_on() -> None:
