@@ -1,15 +1,16 @@
-/* Local context normalization in float32, plane by plane; `methods/local_context_norm.py` is the definition.
+/* Local context normalization in float32; `methods/local_context_norm.py` is the definition.
 
-   A plane is what a group of channels of a sample holds. Of it are made, at each position, the mean of the group's
-   values, less that of the whole plane, and their variance; of these, sums over windows as differences of running sums,
-   in double, whose cost does not depend on the window. Windows stay inside the map: those of positions near its border
-   are the nearest complete ones. Nothing but the input is kept for backward, which makes the moments anew. */
+   Groups of channels lie side by side, and what is done for one is done for all of them at once. Of each position and
+   group are made the mean, less a constant near it, and the variance; of these, sums over windows, which move on by
+   adding what comes in and taking what goes out, in double, so that the cost does not depend on the window. Rows of
+   windows follow one another down the map, and rows of positions follow them. Windows stay inside the map: those of
+   positions near its border are the nearest complete ones. Nothing but the input is kept for backward, which makes the
+   moments anew. */
 
 #include "maps.h"
 
 typedef struct {
-    int64_t channels, height, width, kernel_h, kernel_w;
-    const float *weight, *bias; /* (C,) */
+    int64_t each, height, width, kernel_h, kernel_w; /* channels of a group; sizes */
     float eps;
 } Norm;
 
@@ -23,269 +24,344 @@ INLINE int64_t window_of(int64_t at, int64_t size, int64_t kernel) {
     return MAX(0, MIN(start, size - kernel));
 }
 
-/* What a thread works in, for one plane. */
+/* Some groups of a sample: positions lie `step` apart, channels one behind the other. */
 typedef struct {
-    double *first, *second;         /* (P,): two fields of positions */
-    double *first_sum, *second_sum; /* (P,): the same of windows, or of positions again */
-    double *columns;                /* (4, W + 1) */
-    float *along;                   /* (2, P): sums over channels of gradients, and of them with what is normalized */
-    float *mean, *rstd;             /* (P,): of each position's window, the mean less the plane's */
-    float *values[3];               /* (channels, P) each, where channels do not lie one behind the other */
+    const float *x, *g;
+    float *y;
+    int64_t x_step, g_step, y_step, groups, channels;
+    const float *weight, *bias;
+} Part;
+
+/* What a thread works in. Of windows: (columns, groups) or, spread over channels, (columns, channels). */
+typedef struct {
+    double *column, *column_too; /* (W, groups): sums over the rows of a row of windows */
+    double *sum, *sum_too;       /* (groups,) */
+    double *of_weight;           /* (2, channels) */
+    float *recent;               /* (2, channels) */
+    float *middle;               /* (channels,): near the mean of each group */
+    float *mean, *rstd;          /* (columns, channels) of a row of windows; the mean less the middle */
+    float *mean_of, *rstd_of;    /* the same, (columns, groups) */
+    float *scaled, *along;       /* (channels,): gradients of what is normalized, alone and times that */
+    float *start, *slope;        /* (rows, columns, groups): what windows give their positions, a + b x */
+    float *values[3];            /* (positions, channels) each, where channels are not innermost in memory */
+    void *memory[2];
 } Room;
 
-static Room room_for(int64_t positions, int64_t width, int64_t copied) {
-    double *all = (double *)room(2 * (4 * positions + 4 * (width + 1)));
-    float *more = room(4 * positions + 3 * copied), *along = more + 2 * positions, *copies = more + 4 * positions;
-    return (Room){all,
-                  all + positions,
-                  all + 2 * positions,
-                  all + 3 * positions,
-                  all + 4 * positions,
-                  along,
-                  more,
-                  more + positions,
-                  {copies, copies + copied, copies + 2 * copied}};
+static Room room_for(const Norm *q, int64_t channels, int64_t fields, int64_t copied) {
+    int64_t groups = channels / q->each, columns = columns_of(q);
+    double *d = double_room(2 * (q->width + 1) * groups + 2 * channels);
+    float *f = room(5 * channels + 2 * columns * (channels + groups) + 2 * fields * groups + 3 * copied);
+    Room r = {.memory = {d, f}};
+    r.column = d, d += q->width * groups;
+    r.column_too = d, d += q->width * groups;
+    r.sum = d, d += groups;
+    r.sum_too = d, d += groups;
+    r.of_weight = d;
+    r.recent = f, f += 2 * channels;
+    r.middle = f, f += channels;
+    r.mean = f, f += columns * channels;
+    r.rstd = f, f += columns * channels;
+    r.mean_of = f, f += columns * groups;
+    r.rstd_of = f, f += columns * groups;
+    r.scaled = f, f += channels;
+    r.along = f, f += channels;
+    r.start = f, f += fields * groups;
+    r.slope = f, f += fields * groups;
+    for (int i = 0; i < 3; i++) r.values[i] = f, f += copied;
+    return r;
 }
 
 static void leave(Room *r) {
-    free(r->first);
-    free(r->mean);
+    free(r->memory[0]);
+    free(r->memory[1]);
 }
 
-/* Two fields are dealt with at a time, so that the sums of one need not wait for those of the other. */
-INLINE void add(int64_t count, const double *restrict f, const double *restrict g, double *restrict one,
-                double *restrict two) {
-    for (int64_t i = 0; i < count; i++) one[i] += f[i], two[i] += g[i];
-}
+/* `do` with the number of channels of a group, its last argument, known to the compiler where it is usual. */
+#define OF_EACH(do, each, ...)                                                                                         \
+    switch (each) {                                                                                                    \
+        case 1: do(__VA_ARGS__, 1); break;                                                                             \
+        case 2: do(__VA_ARGS__, 2); break;                                                                             \
+        case 4: do(__VA_ARGS__, 4); break;                                                                             \
+        default: do(__VA_ARGS__, each);                                                                                \
+    }
 
-INLINE void take(int64_t count, const double *restrict f, const double *restrict g, double *restrict one,
-                 double *restrict two) {
-    for (int64_t i = 0; i < count; i++) one[i] -= f[i], two[i] -= g[i];
-}
-
-INLINE void run(int64_t count, const double *restrict one, const double *restrict two, double *restrict so_far,
-                double *restrict so_far_too) {
-    double sum = 0, sum_too = 0;
-    so_far[0] = so_far_too[0] = 0;
-    for (int64_t i = 0; i < count; i++) {
-        so_far[i + 1] = sum += one[i];
-        so_far_too[i + 1] = sum_too += two[i];
+/* A constant near each group's mean, of some positions, for each of its channels. */
+static void find_middle(const Norm *q, const Part *a, float *middle) {
+    int64_t positions = q->height * q->width, step = MAX(1, positions / 256), count = 0;
+    memset(middle, 0, a->channels * sizeof(float));
+    for (int64_t p = 0; p < positions; p += step, count++) {
+        const float *restrict v = a->x + p * a->x_step;
+        for (int64_t c = 0; c < a->channels; c++) middle[c] += v[c];
+    }
+    for (int64_t first = 0; first < a->channels; first += q->each) {
+        float sum = 0;
+        for (int64_t c = 0; c < q->each; c++) sum += middle[first + c];
+        for (int64_t c = 0; c < q->each; c++) middle[first + c] = sum / (float)(count * q->each);
     }
 }
 
-INLINE void differ(int64_t count, const double *high, const double *low, double *restrict to) {
-    for (int64_t i = 0; i < count; i++) to[i] = high[i] - low[i];
-}
-
-/* Sums over all complete windows, (rows, columns), of two fields of positions. */
-static void over_windows(const Norm *q, Room *r) {
-    int64_t width = q->width, rows = rows_of(q), columns = columns_of(q), kh = q->kernel_h, kw = q->kernel_w;
-    double *one = r->columns, *two = one + width + 1, *so_far = two + width + 1, *so_far_too = so_far + width + 1;
-    memset(one, 0, 2 * (width + 1) * sizeof(double));
-    for (int64_t i = 0; i < kh - 1; i++) add(width, r->first + i * width, r->second + i * width, one, two);
-    for (int64_t i = 0; i < rows; i++) {
-        add(width, r->first + (i + kh - 1) * width, r->second + (i + kh - 1) * width, one, two);
-        run(width, one, two, so_far, so_far_too);
-        differ(columns, so_far + kw, so_far, r->first_sum + i * columns);
-        differ(columns, so_far_too + kw, so_far_too, r->second_sum + i * columns);
-        take(width, r->first + i * width, r->second + i * width, one, two);
-    }
-}
-
-/* Of sums so far over windows of a row, those that hold each position. */
-INLINE void cover(const Norm *q, const double *so_far, double *to) {
-    int64_t columns = columns_of(q), kw = q->kernel_w, w = 0;
-    for (; w < kw - 1; w++) to[w] = so_far[MIN(w + 1, columns)] - so_far[0];
-    differ(MAX(0, columns - w), so_far + w + 1, so_far + w - kw + 1, to + w);
-    for (w = MAX(w, columns); w < q->width; w++) to[w] = so_far[columns] - so_far[w - kw + 1];
-}
-
-/* The transpose: of two fields of windows, for each position the sums over the windows that hold it. */
-static void over_positions(const Norm *q, Room *r) {
-    int64_t width = q->width, rows = rows_of(q), columns = columns_of(q), kh = q->kernel_h;
-    double *one = r->columns, *two = one + width + 1, *so_far = two + width + 1, *so_far_too = so_far + width + 1;
-    memset(one, 0, 2 * (width + 1) * sizeof(double));
-    for (int64_t h = 0; h < q->height; h++) {
-        int64_t gone = h - kh;
-        if (h < rows) add(columns, r->first + h * columns, r->second + h * columns, one, two);
-        if (gone >= 0) take(columns, r->first + gone * columns, r->second + gone * columns, one, two);
-        run(columns, one, two, so_far, so_far_too);
-        cover(q, so_far, r->first_sum + h * width);
-        cover(q, so_far_too, r->second_sum + h * width);
-    }
-}
-
-INLINE void add_off(int64_t count, const float *restrict x, float middle, float *restrict mean) {
-    for (int64_t p = 0; p < count; p++) mean[p] += x[p] - middle;
-}
-
-INLINE void add_squares(int64_t count, const float *restrict x, float middle, const float *restrict mean,
-                        float *restrict var) {
-    for (int64_t p = 0; p < count; p++) {
-        float off = (x[p] - middle) - mean[p];
-        var[p] += off * off;
-    }
-}
-
-INLINE void as_fields(int64_t count, const float *restrict mean, const float *restrict var, float share,
-                      double *restrict first, double *restrict second) {
-    for (int64_t p = 0; p < count; p++) {
-        double m = mean[p];
-        first[p] = m;
-        second[p] = (double)(var[p] * share) + m * m;
-    }
-}
-
-INLINE void as_moments(int64_t count, const double *restrict one, const double *restrict two, double share, float eps,
-                       float *restrict mean, float *restrict rstd) {
-    for (int64_t j = 0; j < count; j++) {
-        double own = one[j] * share, spread = two[j] * share - own * own;
-        float var = (float)spread;
-        mean[j] = (float)own;
-        rstd[j] = 1 / sqrtf((var < 0 ? 0 : var) + eps);
-    }
-}
-
-/* The plane's mean; into the room, of each position's window the mean less that, and 1 / std. */
-static float moments(const Norm *q, const float *x, int64_t step, Room *r) {
-    int64_t positions = q->height * q->width, channels = q->channels;
-    double total = 0;
-    for (int64_t c = 0; c < channels; c++) total += sum_of(x + c * step, positions);
-    float middle = (float)(total / ((double)channels * positions));
-    float *mean = r->mean, *var = r->rstd;
-    memset(mean, 0, positions * sizeof(float));
-    memset(var, 0, positions * sizeof(float));
-    for (int64_t c = 0; c < channels; c++) add_off(positions, x + c * step, middle, mean);
-    for (int64_t p = 0; p < positions; p++) mean[p] /= channels;
-    for (int64_t c = 0; c < channels; c++) add_squares(positions, x + c * step, middle, mean, var);
-    as_fields(positions, mean, var, 1.0f / channels, r->first, r->second);
-    over_windows(q, r);
-    int64_t columns = columns_of(q), before = (q->kernel_w - 1) / 2;
-    double share = 1.0 / ((double)q->kernel_h * q->kernel_w);
-    for (int64_t h = 0; h < q->height; h++) {
-        int64_t i = window_of(h, q->height, q->kernel_h);
-        float *m = mean + h * q->width, *s = var + h * q->width;
-        if (h && i == window_of(h - 1, q->height, q->kernel_h)) {
-            memcpy(m, m - q->width, q->width * sizeof(float));
-            memcpy(s, s - q->width, q->width * sizeof(float));
-            continue;
+/* Adds to sums, or takes away, each group's mean and mean square, of one position. */
+INLINE void count_in(int64_t groups, const float *restrict x, const float *restrict middle, double *restrict one,
+                     double *restrict two, const int adds, const int64_t each) {
+    for (int64_t i = 0; i < groups; i++) {
+        float mean = 0, var = 0;
+        for (int64_t c = 0; c < each; c++) mean += x[i * each + c] - middle[i * each + c];
+        mean /= (float)each;
+        for (int64_t c = 0; c < each; c++) {
+            float off = (x[i * each + c] - middle[i * each + c]) - mean;
+            var += off * off;
         }
-        as_moments(columns, r->first_sum + i * columns, r->second_sum + i * columns, share, q->eps, m + before,
-                   s + before);
-        for (int64_t w = 0; w < before; w++) m[w] = m[before], s[w] = s[before];
-        for (int64_t w = before + columns; w < q->width; w++) m[w] = m[w - 1], s[w] = s[w - 1];
+        double m = mean, square = (double)(var / (float)each) + m * m;
+        one[i] = adds ? one[i] + m : one[i] - m;
+        two[i] = adds ? two[i] + square : two[i] - square;
     }
-    return middle;
 }
 
-INLINE void normalize(int64_t count, const float *restrict x, float middle, const float *restrict mean,
-                      const float *restrict rstd, float weight, float bias, float *restrict y) {
-    for (int64_t p = 0; p < count; p++) y[p] = ((x[p] - middle) - mean[p]) * rstd[p] * weight + bias;
-}
-
-static void forward_of_plane(const Norm *q, const float *x, int64_t step, int64_t first, float *y, int64_t y_step,
-                             Room *r) {
-    int64_t positions = q->height * q->width;
-    float middle = moments(q, x, step, r);
-    for (int64_t c = 0; c < q->channels; c++)
-        normalize(positions, x + c * step, middle, r->mean, r->rstd, q->weight[first + c], q->bias[first + c],
-                  y + c * y_step);
-}
-
-INLINE void pull(int64_t positions, const float *restrict x, const float *restrict g, float middle,
-                 const float *restrict mean, const float *restrict rstd, float weight, float *restrict along_mean,
-                 float *restrict along, float *restrict gx, float *g_weight, float *g_bias) {
-    float of_weight = 0, of_bias = 0;
-#pragma omp simd reduction(+ : of_weight, of_bias)
-    for (int64_t p = 0; p < positions; p++) {
-        float z = ((x[p] - middle) - mean[p]) * rstd[p], scaled = g[p] * weight;
-        of_weight += g[p] * z, of_bias += g[p];
-        along_mean[p] += scaled, along[p] += scaled * z;
-        gx[p] = scaled * rstd[p];
+static void count_row(const Norm *q, const Part *a, Room *r, int64_t row, int adds) {
+    int64_t groups = a->groups;
+    for (int64_t w = 0; w < q->width; w++) {
+        const float *x = a->x + (row * q->width + w) * a->x_step;
+        double *one = r->column + w * groups, *two = r->column_too + w * groups;
+        if (adds) {
+            OF_EACH(count_in, q->each, groups, x, r->middle, one, two, 1);
+        } else {
+            OF_EACH(count_in, q->each, groups, x, r->middle, one, two, 0);
+        }
     }
-    *g_weight = of_weight, *g_bias = of_bias;
 }
 
-/* Adds to windows what their positions have from the mean and the variance of each, a + b x. */
-INLINE void of_windows(int64_t count, const float *restrict mean, const float *restrict rstd,
-                       const float *restrict along_mean, const float *restrict along, double share,
-                       double *restrict start, double *restrict slope) {
-    for (int64_t i = 0; i < count; i++) {
-        double s = rstd[i], b = s * s * along[i] * share;
-        start[i] += b * mean[i] - s * along_mean[i] * share;
+INLINE void add(int64_t count, const double *restrict v, const double *restrict v_too, double *restrict sum,
+                double *restrict sum_too) {
+    for (int64_t i = 0; i < count; i++) sum[i] += v[i], sum_too[i] += v_too[i];
+}
+
+INLINE void take(int64_t count, const double *restrict v, const double *restrict v_too, double *restrict sum,
+                 double *restrict sum_too) {
+    for (int64_t i = 0; i < count; i++) sum[i] -= v[i], sum_too[i] -= v_too[i];
+}
+
+INLINE void as_moments(int64_t groups, const double *restrict one, const double *restrict two, double share, float eps,
+                       float *restrict mean, float *restrict rstd) {
+    for (int64_t i = 0; i < groups; i++) {
+        double own = one[i] * share, spread = two[i] * share - own * own;
+        float var = (float)spread;
+        mean[i] = (float)own;
+        rstd[i] = 1 / sqrtf((var < 0 ? 0 : var) + eps);
+    }
+}
+
+INLINE void spread_out(int64_t groups, const float *restrict mean, const float *restrict rstd, float *restrict means,
+                       float *restrict rstds, const int64_t each) {
+    for (int64_t i = 0; i < groups; i++)
+        for (int64_t c = 0; c < each; c++) means[i * each + c] = mean[i], rstds[i * each + c] = rstd[i];
+}
+
+/* Into the room the moments of row `i` of windows, behind those of the row before. */
+static void moments(const Norm *q, const Part *a, Room *r, int64_t i) {
+    int64_t groups = a->groups, kh = q->kernel_h, kw = q->kernel_w, columns = columns_of(q);
+    if (i == 0) {
+        find_middle(q, a, r->middle);
+        memset(r->column, 0, 2 * q->width * groups * sizeof(double));
+        for (int64_t h = 0; h < kh - 1; h++) count_row(q, a, r, h, 1);
+    } else
+        count_row(q, a, r, i - 1, 0);
+    count_row(q, a, r, i + kh - 1, 1);
+    double share = 1.0 / ((double)kh * kw);
+    memset(r->sum, 0, 2 * groups * sizeof(double));
+    for (int64_t w = 0; w < q->width; w++) {
+        add(groups, r->column + w * groups, r->column_too + w * groups, r->sum, r->sum_too);
+        int64_t j = w - kw + 1;
+        if (j < 0) continue;
+        float *mean = r->mean_of + j * groups, *rstd = r->rstd_of + j * groups;
+        float *means = r->mean + j * a->channels, *rstds = r->rstd + j * a->channels;
+        as_moments(groups, r->sum, r->sum_too, share, q->eps, mean, rstd);
+        OF_EACH(spread_out, q->each, groups, mean, rstd, means, rstds);
+        if (j < columns - 1) take(groups, r->column + j * groups, r->column_too + j * groups, r->sum, r->sum_too);
+    }
+}
+
+INLINE void normalize(int64_t channels, const float *restrict x, const float *restrict middle,
+                      const float *restrict mean, const float *restrict rstd, const float *restrict weight,
+                      const float *restrict bias, float *restrict y) {
+    for (int64_t c = 0; c < channels; c++) y[c] = ((x[c] - middle[c]) - mean[c]) * rstd[c] * weight[c] + bias[c];
+}
+
+static void forward(const Norm *q, const Part *a, Room *r) {
+    for (int64_t h = 0, last = -1; h < q->height; h++) {
+        int64_t i = window_of(h, q->height, q->kernel_h);
+        if (i != last) moments(q, a, r, i);
+        last = i;
+        for (int64_t w = 0; w < q->width; w++) {
+            int64_t p = h * q->width + w, j = window_of(w, q->width, q->kernel_w) * a->channels;
+            normalize(a->channels, a->x + p * a->x_step, r->middle, r->mean + j, r->rstd + j, a->weight, a->bias,
+                      a->y + p * a->y_step);
+        }
+    }
+}
+
+/* Through the scaling, with the sums for weight and bias. */
+INLINE void pull(int64_t channels, const float *restrict x, const float *restrict g, const float *restrict middle,
+                 const float *restrict mean, const float *restrict rstd, const float *restrict weight,
+                 float *restrict of_weight, float *restrict of_bias, float *restrict scaled, float *restrict along,
+                 float *restrict gx) {
+    for (int64_t c = 0; c < channels; c++) {
+        float z = ((x[c] - middle[c]) - mean[c]) * rstd[c], v = g[c] * weight[c];
+        of_weight[c] += g[c] * z, of_bias[c] += g[c];
+        scaled[c] = v, along[c] = v * z;
+        gx[c] = v * rstd[c];
+    }
+}
+
+/* Adds to a window what its position has from the mean and the variance of each group, a + b x. */
+INLINE void of_window(int64_t groups, const float *restrict scaled, const float *restrict along,
+                      const float *restrict mean, const float *restrict rstd, float share, float *restrict start,
+                      float *restrict slope, const int64_t each) {
+    for (int64_t i = 0; i < groups; i++) {
+        float total = 0, total_along = 0;
+        for (int64_t c = 0; c < each; c++) total += scaled[i * each + c], total_along += along[i * each + c];
+        float b = rstd[i] * rstd[i] * total_along * share;
+        start[i] += b * mean[i] - rstd[i] * total * share;
         slope[i] -= b;
     }
 }
 
-INLINE void finish(int64_t count, const float *restrict x, float middle, const double *restrict start,
-                   const double *restrict slope, float *restrict gx) {
-    for (int64_t p = 0; p < count; p++) gx[p] += (float)start[p] + (float)slope[p] * (x[p] - middle);
+INLINE void add_fields(int64_t count, const float *restrict start, const float *restrict slope, double *restrict one,
+                       double *restrict two) {
+    for (int64_t i = 0; i < count; i++) one[i] += start[i], two[i] += slope[i];
 }
 
-/* `found` is (2, C): the gradients of the weight and of the bias, of this sample. */
-static void backward_of_plane(const Norm *q, const float *x, int64_t step, const float *g, int64_t g_step, int64_t first,
-                              float *gx, int64_t gx_step, float *found, int64_t c_all, Room *r) {
-    int64_t positions = q->height * q->width, columns = columns_of(q);
-    float middle = moments(q, x, step, r);
-    float *along_mean = memset(r->along, 0, 2 * positions * sizeof(float)), *along = along_mean + positions;
-    for (int64_t c = 0; c < q->channels; c++)
-        pull(positions, x + c * step, g + c * g_step, middle, r->mean, r->rstd, q->weight[first + c], along_mean, along,
-             gx + c * gx_step, found + first + c, found + c_all + first + c);
-    memset(r->first, 0, rows_of(q) * columns * sizeof(double));
-    memset(r->second, 0, rows_of(q) * columns * sizeof(double));
-    double share = 1.0 / ((double)q->channels * q->kernel_h * q->kernel_w);
-    int64_t before = (q->kernel_w - 1) / 2;
-    for (int64_t h = 0; h < q->height; h++) {
-        int64_t row = window_of(h, q->height, q->kernel_h) * columns, p = h * q->width;
-        double *one = r->first + row, *two = r->second + row;
-        const float *mean = r->mean + p, *rstd = r->rstd + p, *a = along_mean + p, *b = along + p;
-        for (int64_t w = 0; w < before; w++) of_windows(1, mean + w, rstd + w, a + w, b + w, share, one, two);
-        of_windows(columns, mean + before, rstd + before, a + before, b + before, share, one, two);
-        for (int64_t w = before + columns; w < q->width; w++)
-            of_windows(1, mean + w, rstd + w, a + w, b + w, share, one + columns - 1, two + columns - 1);
+INLINE void take_fields(int64_t count, const float *restrict start, const float *restrict slope, double *restrict one,
+                        double *restrict two) {
+    for (int64_t i = 0; i < count; i++) one[i] -= start[i], two[i] -= slope[i];
+}
+
+INLINE void finish(int64_t groups, const float *restrict x, const float *restrict middle, const double *restrict start,
+                   const double *restrict slope, float *restrict gx, const int64_t each) {
+    for (int64_t i = 0; i < groups; i++) {
+        float a = (float)start[i], b = (float)slope[i];
+        for (int64_t k = 0; k < each; k++) gx[i * each + k] += a + b * (x[i * each + k] - middle[i * each + k]);
     }
-    over_positions(q, r);
-    for (int64_t c = 0; c < q->channels; c++)
-        finish(positions, x + c * step, middle, r->first_sum, r->second_sum, gx + c * gx_step);
 }
 
-/* (positions, channels) to (channels, positions) and back, of as many channels as a cache line holds or a group has. */
-static void gather(const float *from, int64_t step, int64_t positions, int64_t channels, float *to) {
-    for (int64_t p = 0; p < positions; p++)
-        for (int64_t c = 0; c < channels; c++) to[c * positions + p] = from[p * step + c];
+/* Row `h` of positions gets what the windows that hold its positions give; `column` sums over their rows. */
+static void finish_row(const Norm *q, const Part *a, Room *r, int64_t h, double *column, double *column_too) {
+    int64_t groups = a->groups, columns = columns_of(q), row = columns * groups, gone = h - q->kernel_h;
+    if (h < rows_of(q)) add_fields(row, r->start + h * row, r->slope + h * row, column, column_too);
+    if (gone >= 0) take_fields(row, r->start + gone * row, r->slope + gone * row, column, column_too);
+    memset(r->sum, 0, 2 * groups * sizeof(double));
+    for (int64_t w = 0; w < q->width; w++) {
+        int64_t p = h * q->width + w, out = (w - q->kernel_w) * groups;
+        if (w < columns) add(groups, column + w * groups, column_too + w * groups, r->sum, r->sum_too);
+        if (out >= 0) take(groups, column + out, column_too + out, r->sum, r->sum_too);
+        const float *x = a->x + p * a->x_step;
+        float *gx = a->y + p * a->y_step;
+        OF_EACH(finish, q->each, groups, x, r->middle, r->sum, r->sum_too, gx);
+    }
 }
 
-static void scatter(const float *from, int64_t positions, int64_t channels, float *to, int64_t step) {
-    for (int64_t p = 0; p < positions; p++)
-        for (int64_t c = 0; c < channels; c++) to[p * step + c] = from[c * positions + p];
+/* `found` is (2, channels), of which the second row begins `between` behind the first. */
+static void backward(const Norm *q, const Part *a, Room *r, float *found, int64_t between) {
+    int64_t groups = a->groups, channels = a->channels, rows = rows_of(q), row = columns_of(q) * groups, done = 0;
+    float share = 1 / ((float)q->each * q->kernel_h * q->kernel_w);
+    double *column = double_room(2 * row), *column_too = column + row;
+    memset(column, 0, 2 * row * sizeof(double));
+    memset(r->of_weight, 0, 2 * channels * sizeof(double));
+    memset(r->recent, 0, 2 * channels * sizeof(float));
+    memset(r->start, 0, rows * row * sizeof(float));
+    memset(r->slope, 0, rows * row * sizeof(float));
+    for (int64_t h = 0, last = -1; h < q->height; h++) {
+        int64_t i = window_of(h, q->height, q->kernel_h);
+        if (i != last) moments(q, a, r, i);
+        last = i;
+        for (int64_t w = 0; w < q->width; w++) {
+            int64_t p = h * q->width + w, j = window_of(w, q->width, q->kernel_w), at = i * row + j * groups;
+            const float *x = a->x + p * a->x_step, *g = a->g + p * a->g_step;
+            const float *mean = r->mean + j * channels, *rstd = r->rstd + j * channels;
+            float *gx = a->y + p * a->y_step, *own = r->recent + channels;
+            pull(channels, x, g, r->middle, mean, rstd, a->weight, r->recent, own, r->scaled, r->along, gx);
+            mean = r->mean_of + j * groups, rstd = r->rstd_of + j * groups;
+            OF_EACH(of_window, q->each, groups, r->scaled, r->along, mean, rstd, share, r->start + at, r->slope + at);
+            if (p % ROWS_SUMMED == 0) flush(r->recent, r->of_weight, 2 * channels);
+        }
+        /* Rows of windows to which nothing is added any more. */
+        int64_t whole = h == q->height - 1 ? rows : window_of(h + 1, q->height, q->kernel_h);
+        for (; done < (whole == rows ? q->height : whole); done++) finish_row(q, a, r, done, column, column_too);
+    }
+    flush(r->recent, r->of_weight, 2 * channels);
+    for (int64_t c = 0; c < channels; c++) {
+        found[c] = (float)r->of_weight[c];
+        found[between + c] = (float)r->of_weight[channels + c];
+    }
+    free(column);
 }
 
-/* Channels that are copied together where they are the innermost dimension; a whole number of groups. */
-INLINE int64_t copied_together(const Map *m, int64_t channels) { return MIN(m->c, MAX(1, 16 / channels) * channels); }
+#define SIDE 16
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t Places __attribute__((vector_size(16)));
+
+#if defined(__clang__)
+#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIXED(a, b, ...) __builtin_shuffle(a, b, (Places){__VA_ARGS__})
+#endif
+
+/* Four rows of four values become four columns. */
+INLINE void turn_square(const float *from, int64_t step, float *to, int64_t to_step) {
+    Four a = *(const Four *)from, b = *(const Four *)(from + step);
+    Four c = *(const Four *)(from + 2 * step), d = *(const Four *)(from + 3 * step);
+    Four ab = MIXED(a, b, 0, 4, 1, 5), cd = MIXED(c, d, 0, 4, 1, 5);
+    Four ab_behind = MIXED(a, b, 2, 6, 3, 7), cd_behind = MIXED(c, d, 2, 6, 3, 7);
+    *(Four *)to = MIXED(ab, cd, 0, 1, 4, 5);
+    *(Four *)(to + to_step) = MIXED(ab, cd, 2, 3, 6, 7);
+    *(Four *)(to + 2 * to_step) = MIXED(ab_behind, cd_behind, 0, 1, 4, 5);
+    *(Four *)(to + 3 * to_step) = MIXED(ab_behind, cd_behind, 2, 3, 6, 7);
+}
+
+/* (rows, columns) to (columns, rows), in parts whose lines stay in cache. */
+static void turn(const float *from, int64_t step, int64_t rows, int64_t columns, float *to, int64_t to_step) {
+    int64_t whole = rows / 4 * 4, wide = columns / 4 * 4;
+    for (int64_t first = 0; first < whole; first += SIDE)
+        for (int64_t j = 0; j < wide; j += 4)
+            for (int64_t i = first; i < MIN(first + SIDE, whole); i += 4)
+                turn_square(from + i * step + j, step, to + j * to_step + i, to_step);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = i < whole ? wide : 0; j < columns; j++) to[j * to_step + i] = from[i * step + j];
+}
+
+/* Channels that are dealt with together, a whole number of groups: few enough that what is at work stays in cache, and
+   that there is work for every thread. */
+INLINE int64_t block_of(const Map *m, const Norm *q) {
+    int64_t held = channels_last(m) ? 8 * q->width : m->s, jobs = MAX(1, omp_get_max_threads() / MAX(1, m->n));
+    int64_t fit = MIN(65536 / MAX(1, held), (m->c + jobs - 1) / jobs);
+    int64_t least = (2 * SIDE + q->each - 1) / q->each * q->each;
+    return MIN(m->c, MAX(least, fit / least * least));
+}
+
+static Norm norm_of(const int64_t *sizes, int64_t each, double eps) {
+    return (Norm){each, sizes[0], sizes[1], sizes[2], sizes[3], (float)eps};
+}
 
 /* `sizes` is height, width, and the kernel's. */
-void local_context_norm(const int64_t *map, const int64_t *map_of_y, const int64_t *sizes, int64_t channels,
-                        const float *x, const float *weight, const float *bias, double eps, float *y) {
+void local_context_norm(const int64_t *map, const int64_t *map_of_y, const int64_t *sizes, int64_t each, const float *x,
+                        const float *weight, const float *bias, double eps, float *y) {
     const Map *m = (const Map *)map, *of_y = (const Map *)map_of_y;
-    Norm q = {channels, sizes[0], sizes[1], sizes[2], sizes[3], weight, bias, (float)eps};
-    int64_t last = channels_last(m), block = last ? copied_together(m, channels) : channels;
-    int64_t blocks = (m->c + block - 1) / block;
+    Norm q = norm_of(sizes, each, eps);
+    int64_t last = channels_last(m), block = block_of(m, &q), blocks = (m->c + block - 1) / block;
 #pragma omp parallel if (m->n * m->s * m->c > SMALL)
     {
-        Room r = room_for(m->s, q.width, last ? block * m->s : 0);
+        Room r = room_for(&q, block, 0, last ? 0 : block * m->s);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < m->n * blocks; job++) {
             int64_t n = job / blocks, first = job % blocks * block, count = MIN(block, m->c - first);
             const float *v = x + n * m->n_step + first * m->c_step;
             float *to = y + n * of_y->n_step + first * of_y->c_step;
+            Part a = {v, NULL, to, m->s_step, 0, of_y->s_step, count / each, count, weight + first, bias + first};
             if (!last) {
-                forward_of_plane(&q, v, m->c_step, first, to, of_y->c_step, &r);
-                continue;
+                turn(v, m->c_step, count, m->s, r.values[0], count);
+                a.x = r.values[0], a.y = r.values[1], a.x_step = a.y_step = count;
             }
-            gather(v, m->s_step, m->s, count, r.values[0]);
-            for (int64_t c = 0; c < count; c += channels)
-                forward_of_plane(&q, r.values[0] + c * m->s, m->s, first + c, r.values[1] + c * m->s, m->s, &r);
-            scatter(r.values[1], m->s, count, to, of_y->s_step);
+            forward(&q, &a, &r);
+            if (!last) turn(r.values[1], count, m->s, count, to, of_y->c_step);
         }
         leave(&r);
     }
@@ -293,31 +369,29 @@ void local_context_norm(const int64_t *map, const int64_t *map_of_y, const int64
 
 /* `sums` is (2, C): the gradients of the weight and of the bias. */
 void local_context_norm_backward(const int64_t *map, const int64_t *map_of_g, const int64_t *map_of_gx,
-                                 const int64_t *sizes, int64_t channels, const float *x, const float *g,
+                                 const int64_t *sizes, int64_t each, const float *x, const float *g,
                                  const float *weight, const float *bias, double eps, float *gx, float *sums) {
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
-    Norm q = {channels, sizes[0], sizes[1], sizes[2], sizes[3], weight, bias, (float)eps};
-    int64_t last = channels_last(m), block = last ? copied_together(m, channels) : channels;
-    int64_t blocks = (m->c + block - 1) / block;
+    Norm q = norm_of(sizes, each, eps);
+    int64_t last = channels_last(m), block = block_of(m, &q), blocks = (m->c + block - 1) / block;
     float *found = room(2 * m->n * m->c);
 #pragma omp parallel if (m->n * m->s * m->c > SMALL)
     {
-        Room r = room_for(m->s, q.width, last ? block * m->s : 0);
+        Room r = room_for(&q, block, rows_of(&q) * columns_of(&q), last ? 0 : block * m->s);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < m->n * blocks; job++) {
             int64_t n = job / blocks, first = job % blocks * block, count = MIN(block, m->c - first);
             const float *v = x + n * m->n_step + first * m->c_step, *given = g + n * of_g->n_step + first * of_g->c_step;
-            float *to = gx + n * of_gx->n_step + first * of_gx->c_step, *own = found + 2 * n * m->c;
+            float *to = gx + n * of_gx->n_step + first * of_gx->c_step;
+            Part a = {v,           given,        to,    m->s_step,      of_g->s_step,
+                      of_gx->s_step, count / each, count, weight + first, bias + first};
             if (!last) {
-                backward_of_plane(&q, v, m->c_step, given, of_g->c_step, first, to, of_gx->c_step, own, m->c, &r);
-                continue;
+                turn(v, m->c_step, count, m->s, r.values[0], count);
+                turn(given, of_g->c_step, count, m->s, r.values[1], count);
+                a.x = r.values[0], a.g = r.values[1], a.y = r.values[2], a.x_step = a.g_step = a.y_step = count;
             }
-            gather(v, m->s_step, m->s, count, r.values[0]);
-            gather(given, of_g->s_step, m->s, count, r.values[1]);
-            for (int64_t c = 0; c < count; c += channels)
-                backward_of_plane(&q, r.values[0] + c * m->s, m->s, r.values[1] + c * m->s, m->s, first + c,
-                                  r.values[2] + c * m->s, m->s, own, m->c, &r);
-            scatter(r.values[2], m->s, count, to, of_gx->s_step);
+            backward(&q, &a, &r, found + 2 * n * m->c + first, m->c);
+            if (!last) turn(r.values[2], count, m->s, count, to, of_gx->c_step);
         }
         leave(&r);
     }
