@@ -16,6 +16,7 @@ from torch import Tensor
 from anybatch.dispatch import Op, backend, explain
 from anybatch.functional import batch_channel_norm, group_norm, kn_conv, local_context_norm, positional_norm
 from anybatch.kernels import native_common
+from anybatch.methods.batch_channel_norm import updated_estimates
 from anybatch.methods.batch_norm import channel_moments
 from helpers import assert_error_within, error
 
@@ -189,6 +190,76 @@ def test_moments_of_channels_at_a_large_mean(format: torch.memory_format) -> Non
     exact_mean, exact_squares = channel_moments.reference(x.double())
     assert_error_within(mean, exact_mean, 1000 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(squares.double(), exact_squares, rtol=1e-6, atol=0)
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    ("channels", "each", "sizes", "window"),
+    [
+        (5, 1, (6, 7), 3),
+        (9, 3, (8, 5), (2, 5)),
+        (48, 4, (7, 9), (7, 3)),
+        (70, 2, (12, 9), 4),
+        (40, 5, (3, 11), (1, 10)),
+    ],
+)
+def test_local_context_norm_of_groups_and_windows_of_any_size(
+    channels: int, each: int, sizes: tuple[int, int], window: Any, format: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, channels, *sizes, generator=generator, dtype=torch.float64).contiguous(memory_format=format)
+    args = [(x + 10).float().double(), *norm_parameters(channels, 2, generator)]
+    g = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    def both_ways(dtype: torch.dtype, which: str) -> list[Tensor]:
+        asked = [t.to(dtype).requires_grad_() for t in args]
+        with backend(which):
+            y = local_context_norm(asked[0], window, each, *asked[1:])
+            return [y, *torch.autograd.grad(y, asked, g.to(dtype))]
+
+    exact, naive = both_ways(torch.float64, "reference"), both_ways(torch.float32, "reference")
+    for got, right, plain in zip(both_ways(torch.float32, "native"), exact, naive, strict=True):
+        roundoff = 64 * torch.finfo(torch.float32).eps * right.abs().max().item()
+        assert_error_within(got, right, 2 * error(plain, right) + roundoff)
+
+
+def test_local_context_norm_of_one_dimension() -> None:
+    x = torch.randn(2, 6, 13, generator=torch.Generator().manual_seed(3))
+    with backend("native"):
+        got = local_context_norm(x, 5, 3)
+    torch.testing.assert_close(got, local_context_norm.reference(x, 5, 3), rtol=1e-5, atol=1e-5)
+
+
+@FORMATS
+def test_batch_channel_norm_with_scales_of_groups(format: torch.memory_format) -> None:
+    args = [t.float() for t in given("batch_channel_norm", (2, 6, 5, 7), 0, format)]
+    args[5:] = [t[:2] for t in args[5:]]
+    found = [passed("batch_channel_norm", args, torch.float32, which) for which in ("native", "reference")]
+    for got, right in zip(*found, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+
+
+@FORMATS
+@pytest.mark.parametrize("rate", [None, 0.25])
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_estimates_take_batches_in_as_formulas_do(
+    rate: float | None, warm_start: bool, format: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    own = [torch.zeros(3), torch.ones(3), torch.tensor(0)]
+    exact = [torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), torch.tensor(0)]
+    for batch in range(4):
+        x = torch.randn(2, 3, 5, 7, generator=generator).contiguous(memory_format=format) * 2 + 100 * batch
+        versions = [t._version for t in own]
+        with backend("native"):
+            got = updated_estimates(x, *own, rate=rate, warm_start=warm_start)
+        right = updated_estimates.reference(x.double(), *exact, rate=rate, warm_start=warm_start)
+        assert all(t._version > before for t, before in zip(own, versions, strict=True))  # as autograd must see
+        for now, kept, true in zip(got, own, right, strict=False):
+            torch.testing.assert_close(now.double(), true, rtol=1e-6, atol=1e-6)
+            assert torch.equal(now, kept)
+            assert now.data_ptr() != kept.data_ptr()  # which the next batch changes
+    assert own[2] == 4
 
 
 @NAMES

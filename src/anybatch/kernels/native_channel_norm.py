@@ -5,7 +5,6 @@ One call forward and one backward. Kept are ``x``, the parameters, and two numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,8 @@ from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import as_map, function, passes, refused_native
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.kernels.torch_group_norm import refused_groups
-from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
-from anybatch.methods.batch_norm import channel_moments
+from anybatch.methods.batch_channel_norm import batch_channel_norm, image_rate, updated_estimates
+from anybatch.methods.batch_norm import channel_moments, sharing
 from anybatch.methods.group_norm import group_norm
 
 
@@ -39,11 +38,11 @@ class _ChannelNorm(torch.autograd.Function):
         ctx.groups, ctx.eps, ctx.activation = groups, eps, activation
         y = torch.empty_like(x)
         mean, rstd = x.new_empty((2, len(x), groups)).unbind()
-        numbers = _numbers(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, eps)
-        function("channel_norm", "ppippppppdippp")(
+        given = (batch_mean, batch_var, batch_weight, batch_bias, weight, bias)
+        function("channel_norm", "ppipppppppidippp")(
             *(as_map(x.shape, x.stride()), as_map(y.shape, y.stride()), groups, x),
-            *numbers,
-            *(eps, activation == "relu", y, mean, rstd),
+            *(*given, _scales(x, weight, bias), eps),
+            *(activation == "relu", y, mean, rstd),
         )
         ctx.save_for_backward(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, mean, rstd)
         return y
@@ -53,72 +52,21 @@ class _ChannelNorm(torch.autograd.Function):
         x, weight, bias, *batch, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives
             return *_second(ctx, x, weight, bias, *batch, gradient), None, None
-        center, slope, start, *scales = _numbers(x, weight, bias, batch[0], batch[1], batch[2], batch[3], ctx.eps)
-        gradient, g_x = laid_out(gradient, x), torch.empty_like(x)
-        sums = x.new_empty((4, x.shape[1]))
+        gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((6, x.shape[1]))
         maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        function("channel_norm_backward", "pppipppppppp" + "ippp")(
-            *(*maps, ctx.groups, x, *(center, slope, start, *scales, mean, rstd)),
-            *(ctx.activation == "relu", gradient, g_x, sums),
+        function("channel_norm_backward", "pppippppppp" + "idppippp")(
+            *(*maps, ctx.groups, x, *batch, weight, bias, _scales(x, weight, bias), ctx.eps),
+            *(mean, rstd, ctx.activation == "relu", gradient, g_x, made),
         )
-        g_bias, g_weight, total, along = sums.unbind()
-        of_scales = [None if t is None else _of_groups(g, len(t)) for t, g in ((weight, g_weight), (bias, g_bias))]
-        wanted = ctx.needs_input_grad[4:8]
-        found = _batch(batch[1], batch[2], slope, total, along, ctx.eps, wanted)
-        return g_x, None, *of_scales, *found, None, None
+        g_bias, g_weight, g_batch_bias, g_batch_weight, g_mean, g_var = made.unbind()
+        of_scales = (None if t is None else g[: len(t)] for t, g in ((weight, g_weight), (bias, g_bias)))
+        of_batch = zip(batch, (g_mean, g_var, g_batch_weight, g_batch_bias), strict=True)
+        return g_x, None, *of_scales, *(None if t is None else g for t, g in of_batch), None, None
 
 
-def _of_groups(values: Tensor, count: int) -> Tensor:
-    """(C,) as it is, or its sums over groups, (G,)."""
-    return values if len(values) == count else values.view(count, -1).sum(1)
-
-
-def _numbers(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    batch_weight: Tensor | None,
-    batch_bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor | None, ...]:
-    """Center, slope and start of the batch part, each (C,), then the scale and the shift of channels."""
-    c = x.shape[1]
-    scales = (
-        x.new_ones(c) if weight is None else by_channel(weight, c),
-        x.new_zeros(c) if bias is None else by_channel(bias, c),
-    )
-    if mean is None or var is None:
-        return None, None, None, *scales
-    slope = torch.rsqrt(var + eps)
-    slope = slope if batch_weight is None else slope * batch_weight
-    return mean, slope, x.new_zeros(c) if batch_bias is None else batch_bias, *scales
-
-
-def _batch(
-    var: Tensor | None,
-    weight: Tensor | None,
-    slope: Tensor | None,
-    total: Tensor,
-    along: Tensor,
-    eps: float,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of the batch part, those wanted of the mean, the variance, the scale and the shift.
-
-    From the sums of z's gradient and of it times ``x - mean``.
-    """
-    if var is None or slope is None or not any(wanted):
-        return [None] * 4
-    rstd = slope if weight is None else torch.rsqrt(var + eps)
-    makers = (
-        lambda: -slope * total,
-        lambda: -0.5 * rstd.square() * slope * along,
-        lambda: along * rstd,
-        lambda: total,
-    )
-    return [make() if wants else None for make, wants in zip(makers, wanted, strict=True)]
+def _scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
+    """How many there are of weights and biases: one a channel or one a group."""
+    return next((len(t) for t in (weight, bias) if t is not None), x.shape[1])
 
 
 def _second(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
@@ -191,6 +139,8 @@ def _batch_refusal(
         p is not None and (p.dim() != 1 or len(p) not in (x.shape[1], groups)) for p in of_either
     ):
         return "statistics, scales or shifts are not one number a channel of x, or a group"
+    if weight is not None and bias is not None and len(weight) != len(bias):
+        return "there are not as many scales as shifts"
     return _refused(x, groups, activation, *of_channels, *of_either)
 
 
@@ -222,3 +172,28 @@ def native_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, squares = x.new_empty((2, x.shape[1])).unbind()
     function("channel_moments", "pppp")(as_map(x.shape, x.stride()), x, mean, squares)
     return mean, squares
+
+
+def _refusal_of_estimates(
+    x: Tensor, mean: Tensor, var: Tensor, batches: Tensor, *, rate: float | None, warm_start: bool
+) -> str | None:
+    if reason := _refusal_of_moments(x):
+        return reason
+    if sharing():
+        return "processes share their statistics"
+    if any(t.dtype != x.dtype or t.device != x.device or not t.is_contiguous() for t in (mean, var)):
+        return "estimates have another dtype than x or are not contiguous"
+    return None if mean.shape == var.shape == x.shape[1:2] else "estimates are not one number a channel of x"
+
+
+@updated_estimates.kernel("native", refusal=_refusal_of_estimates)
+def native_updated_estimates(
+    x: Tensor, mean: Tensor, var: Tensor, batches: Tensor, *, rate: float | None, warm_start: bool
+) -> tuple[Tensor, Tensor]:
+    mean_now, var_now = x.new_empty((2, x.shape[1])).unbind()
+    share = image_rate(len(x)) if rate is None else rate
+    function("updated_estimates", "ppdippppp")(
+        *(as_map(x.shape, x.stride()), x, share, warm_start, mean, var, batches, mean_now, var_now)
+    )
+    torch.autograd.graph.increment_version((mean, var, batches))
+    return mean_now, var_now

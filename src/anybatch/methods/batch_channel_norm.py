@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,46 @@ def by_channel(values: Tensor | None, channels: int, dtype: torch.dtype | None =
     return wide if len(wide) == channels else wide.unsqueeze(1).expand(-1, channels // len(wide)).reshape(-1)
 
 
+@op
+def updated_estimates(
+    x: Tensor, mean: Tensor, var: Tensor, batches: Tensor, *, rate: float | None, warm_start: bool
+) -> tuple[Tensor, Tensor]:
+    """Let a batch into estimates, which change in place, as `EstimatedStatistics` says; copies of them.
+
+    Args:
+        x: (N, C, *).
+        mean: (C,).
+        var: (C,).
+        batches: One number, int64: how many were let in before.
+        rate: r, or None.
+        warm_start: Whether the first updates weigh more.
+    """
+    images, count, now_mean, now_var = shared_moments(x)
+    before = mean.to(now_mean.dtype)
+    drift = now_mean - before
+    weight = image_rate(images) if rate is None else rate
+    if warm_start:
+        share = (1 / (batches + 1 + 1 / count)).to(now_mean.dtype)
+        weight = torch.maximum(share, weight) if isinstance(weight, Tensor) else share.clamp_min(weight)
+        # The mean of before is no estimate at the first update, and the variance around it none of a variance.
+        spread = drift * (batches != 0)
+    else:
+        spread = drift
+    now = before + weight * drift
+    around = var.to(now_mean.dtype)
+    now_var = around + weight * (torch.addcmul(now_var, spread, spread) - around)
+    mean.copy_(now)
+    var.copy_(now_var)
+    batches.add_(1)
+    return mean.clone(), var.clone()  # as they are kept, rounded
+
+
+def image_rate(images: int | Tensor) -> Any:
+    """r for which so many images count for a half after `HALF_LIFE` of them."""
+    halvings = images / HALF_LIFE
+    return 1 - (torch.exp2(-halvings) if isinstance(halvings, Tensor) else 2.0**-halvings)
+
+
 class EstimatedStatistics(nn.Module):
     """Channel statistics over many batches, brought up to date before they are used, and their scale and shift.
 
@@ -140,33 +180,10 @@ class EstimatedStatistics(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(C,) and (C,): the mean and the variance to normalize (N, C, *) by."""
         if self.training and not recomputing() and (x.numel() or sharing()):
-            return self._updated(x)
+            kept = (self.running_mean, self.running_var, self.num_batches_tracked)
+            return updated_estimates(x, *kept, rate=self.rate, warm_start=self.warm_start)
         # Copies, since the next batch may come before this one's backward.
         return self.running_mean.clone(), self.running_var.clone()
-
-    def _updated(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        images, count, mean, var = shared_moments(x)
-        before = self.running_mean.to(mean.dtype)
-        drift = mean - before
-        rate = self.rate
-        if rate is None:
-            halvings = images / HALF_LIFE
-            rate = 1 - (torch.exp2(-halvings) if isinstance(halvings, Tensor) else 2.0**-halvings)
-        if self.warm_start:
-            share = (1 / (self.num_batches_tracked + 1 + 1 / count)).to(mean.dtype)
-            rate = torch.maximum(share, rate) if isinstance(rate, Tensor) else share.clamp_min(rate)
-            # The mean of before is no estimate at the first update, and the variance around it none of a variance.
-            spread = drift * (self.num_batches_tracked != 0)
-        else:
-            spread = drift
-        now = before + rate * drift
-        around = self.running_var.to(mean.dtype)
-        var = around + rate * (torch.addcmul(var, spread, spread) - around)
-        self.running_mean.copy_(now)
-        self.running_var.copy_(var)
-        self.num_batches_tracked.add_(1)
-        # As they are kept, rounded.
-        return now.to(self.running_mean.dtype), var.to(self.running_var.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, rate={self.rate}, warm_start={self.warm_start}, affine={self.affine}"

@@ -363,12 +363,27 @@ static void backward_of_planes(const Norm *q, const float *x, const float *g, co
     }
 }
 
-/* `center` to `start` NULL for group normalization; `mean` and `rstd` are (N, G). */
+/* The numbers of channels from what a layer has: moments, or NULL for group normalization, with the scale and the shift
+   behind, each (C,); and those of `scales` groups or channels, or NULL. The first value lies in memory to be freed. */
+static Norm norm_of(const Map *m, int64_t groups, const float *center, const float *var, const float *batch_weight,
+                    const float *batch_bias, const float *weight, const float *bias, int64_t scales, float eps) {
+    int64_t c = m->c, size = c / scales;
+    float *made = room(4 * c), *slope = made, *start = made + c, *of_weight = made + 2 * c, *of_bias = made + 3 * c;
+    for (int64_t i = 0; i < c; i++) {
+        slope[i] = center ? 1 / sqrtf(var[i] + eps) * (batch_weight ? batch_weight[i] : 1) : 1;
+        start[i] = batch_bias ? batch_bias[i] : 0;
+        of_weight[i] = weight ? weight[i / size] : 1;
+        of_bias[i] = bias ? bias[i / size] : 0;
+    }
+    return (Norm){*m, groups, center, slope, start, of_weight, of_bias};
+}
+
+/* `center` to `batch_bias` NULL for group normalization; `mean` and `rstd` are (N, G). */
 void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, const float *x, const float *center,
-                  const float *slope, const float *start, const float *weight, const float *bias, double eps,
-                  int64_t relu, float *y, float *mean, float *rstd) {
+                  const float *var, const float *batch_weight, const float *batch_bias, const float *weight,
+                  const float *bias, int64_t scales, double eps, int64_t relu, float *y, float *mean, float *rstd) {
     const Map *m = (const Map *)map, *of_y = (const Map *)map_of_y;
-    Norm q = {*m, groups, center, slope, start, weight, bias};
+    Norm q = norm_of(m, groups, center, var, batch_weight, batch_bias, weight, bias, scales, (float)eps);
     int64_t threads = omp_get_max_threads();
     if (channels_last(m)) {
         int inner = m->n < threads;
@@ -376,6 +391,7 @@ void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, c
         for (int64_t n = 0; n < m->n; n++)
             forward_of_rows(&q, x + n * m->n_step, (float)eps, (int)relu, of_y, y + n * of_y->n_step, mean + n * groups,
                             rstd + n * groups, inner);
+        free((float *)q.slope);
         return;
     }
     double *all = double_room(2 * m->n * m->c);
@@ -386,15 +402,27 @@ void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, c
                           mean + n * groups, rstd + n * groups, moments_at(all, m->c, n));
     }
     free(all);
+    free((float *)q.slope);
 }
 
-/* `sums` is (4, C): what `backward_of_rows` says, over all samples. */
+/* Those of a group's channels, of which they are the same number, in the place of the first. */
+static void join_groups(float *values, int64_t c, int64_t scales) {
+    int64_t size = c / scales;
+    for (int64_t j = 0; j < scales && size > 1; j++) {
+        double sum = 0;
+        for (int64_t i = j * size; i < (j + 1) * size; i++) sum += values[i];
+        values[j] = (float)sum;
+    }
+}
+
+/* `found` is (6, C): the gradients of bias and weight, of which there are `scales`, of the shift and the scale of the
+   batch part, and of its mean and its variance. */
 void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const int64_t *map_of_gx, int64_t groups,
-                           const float *x, const float *center, const float *slope, const float *start,
-                           const float *weight, const float *bias, const float *mean, const float *rstd, int64_t relu,
-                           const float *g, float *gx, float *sums) {
+                           const float *x, const float *center, const float *var, const float *batch_weight,
+                           const float *batch_bias, const float *weight, const float *bias, int64_t scales, double eps,
+                           const float *mean, const float *rstd, int64_t relu, const float *g, float *gx, float *made) {
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
-    Norm q = {*m, groups, center, slope, start, weight, bias};
+    Norm q = norm_of(m, groups, center, var, batch_weight, batch_bias, weight, bias, scales, (float)eps);
     int64_t threads = omp_get_max_threads(), values = 4 * m->c;
     float *found = room(m->n * values);
     if (channels_last(m)) {
@@ -411,13 +439,23 @@ void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const in
                                rstd + n * groups, (int)relu, gx + n * of_gx->n_step, of_gx, found + n * values);
         }
     }
-    join_samples(found, m->n, values, sums);
+    join_samples(found, m->n, values, made);
     free(found);
+    int64_t c = m->c;
+    join_groups(made, c, scales);
+    join_groups(made + c, c, scales);
+    float *total = made + 2 * c, *along = made + 3 * c, *of_mean = made + 4 * c, *of_var = made + 5 * c;
+    for (int64_t i = 0; center && i < c; i++) {
+        float r = 1 / sqrtf(var[i] + (float)eps);
+        of_mean[i] = -q.slope[i] * total[i];
+        of_var[i] = -0.5f * r * r * q.slope[i] * along[i];
+        along[i] *= r;
+    }
+    free((float *)q.slope);
 }
 
-/* Mean and sum of squared deviations of each channel over all samples and positions. */
-void channel_moments(const int64_t *map, const float *x, float *mean, float *squares) {
-    const Map *m = (const Map *)map;
+/* Mean and sum of squared deviations of each channel over all samples and positions: the first 2 C of what is given. */
+static double *moments_of_batch(const Map *m, const float *x) {
     int64_t c = m->c, last = channels_last(m), chunk = last ? chunk_of(m) : m->s;
     int64_t chunks = (m->s + chunk - 1) / chunk, jobs = m->n * chunks;
     double *all = double_room(2 * c * jobs);
@@ -434,6 +472,28 @@ void channel_moments(const int64_t *map, const float *x, float *mean, float *squ
     for (int64_t n = 0; n < m->n; n++) join_moments(all + 2 * c * n * chunks, chunks, c, chunk, m->s);
     for (int64_t n = 1; n < m->n; n++) memcpy(all + 2 * c * n, all + 2 * c * n * chunks, 2 * c * sizeof(double));
     join_moments(all, m->n, c, m->s, m->n * m->s);
-    for (int64_t i = 0; i < c; i++) mean[i] = (float)all[i], squares[i] = (float)all[c + i];
+    return all;
+}
+
+void channel_moments(const int64_t *map, const float *x, float *mean, float *squares) {
+    const Map *m = (const Map *)map;
+    double *all = moments_of_batch(m, x);
+    for (int64_t i = 0; i < m->c; i++) mean[i] = (float)all[i], squares[i] = (float)all[m->c + i];
+    free(all);
+}
+
+/* Lets a batch into estimates, and copies them: `updated_estimates` of `methods/batch_channel_norm.py`. */
+void updated_estimates(const int64_t *map, const float *x, double rate, int64_t warm, float *mean, float *var,
+                       int64_t *batches, float *mean_now, float *var_now) {
+    const Map *m = (const Map *)map;
+    double *all = moments_of_batch(m, x), count = (double)m->n * m->s;
+    if (warm) rate = MAX(rate, 1 / (*batches + 1 + 1 / count));
+    double drifts = warm && *batches == 0 ? 0 : 1;
+    for (int64_t i = 0; i < m->c; i++) {
+        double drift = all[i] - mean[i], spread = drift * drifts;
+        mean[i] = mean_now[i] = (float)(mean[i] + rate * drift);
+        var[i] = var_now[i] = (float)(var[i] + rate * (all[m->c + i] / count + spread * spread - var[i]));
+    }
+    *batches += 1;
     free(all);
 }

@@ -161,13 +161,15 @@ static void moments(const Norm *q, const Part *a, Room *r, int64_t i) {
     int64_t groups = a->groups, kh = q->kernel_h, kw = q->kernel_w, columns = columns_of(q);
     if (i == 0) {
         find_middle(q, a, r->middle);
-        memset(r->column, 0, 2 * q->width * groups * sizeof(double));
+        memset(r->column, 0, q->width * groups * sizeof(double));
+        memset(r->column_too, 0, q->width * groups * sizeof(double));
         for (int64_t h = 0; h < kh - 1; h++) count_row(q, a, r, h, 1);
     } else
         count_row(q, a, r, i - 1, 0);
     count_row(q, a, r, i + kh - 1, 1);
     double share = 1.0 / ((double)kh * kw);
-    memset(r->sum, 0, 2 * groups * sizeof(double));
+    memset(r->sum, 0, groups * sizeof(double));
+    memset(r->sum_too, 0, groups * sizeof(double));
     for (int64_t w = 0; w < q->width; w++) {
         add(groups, r->column + w * groups, r->column_too + w * groups, r->sum, r->sum_too);
         int64_t j = w - kw + 1;
@@ -248,7 +250,8 @@ static void finish_row(const Norm *q, const Part *a, Room *r, int64_t h, double 
     int64_t groups = a->groups, columns = columns_of(q), row = columns * groups, gone = h - q->kernel_h;
     if (h < rows_of(q)) add_fields(row, r->start + h * row, r->slope + h * row, column, column_too);
     if (gone >= 0) take_fields(row, r->start + gone * row, r->slope + gone * row, column, column_too);
-    memset(r->sum, 0, 2 * groups * sizeof(double));
+    memset(r->sum, 0, groups * sizeof(double));
+    memset(r->sum_too, 0, groups * sizeof(double));
     for (int64_t w = 0; w < q->width; w++) {
         int64_t p = h * q->width + w, out = (w - q->kernel_w) * groups;
         if (w < columns) add(groups, column + w * groups, column_too + w * groups, r->sum, r->sum_too);
