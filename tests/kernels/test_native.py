@@ -201,6 +201,7 @@ def test_moments_of_channels_at_a_large_mean(format: torch.memory_format) -> Non
         (48, 4, (7, 9), (7, 3)),
         (70, 2, (12, 9), 4),
         (40, 5, (3, 11), (1, 10)),
+        (70, 2, (3, 300), (2, 7)),
     ],
 )
 def test_local_context_norm_of_groups_and_windows_of_any_size(

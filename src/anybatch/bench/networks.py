@@ -116,14 +116,26 @@ def inference_cells(chosen: Settings) -> Iterator[Cell]:
         for layout in chosen.formats(layers=False):
             for batch_size in net.batch_sizes:
                 about = {"model": net.name, "size": net.size, "batch_size": batch_size, "memory_format": layout}
-                yield Cell("inference", about, _net_builds(_inference_variant, chosen, net, batch_size, layout))
+                made = _net_builds(_inference_variant, chosen, net, batch_size, layout)
+                plain = _net_builds(partial(_inference_variant, folds=False), chosen, net, batch_size, layout)
+                made |= {(f"{name}, not folded", mode): build for (name, mode), build in plain.items()}
+                yield Cell("inference", about, made)
 
 
 def _inference_variant(
-    chosen: Settings, net: Net, spec: str, mode: str, batch_size: int, layout: str, *, baseline: bool = False
+    chosen: Settings,
+    net: Net,
+    spec: str,
+    mode: str,
+    batch_size: int,
+    layout: str,
+    *,
+    baseline: bool = False,
+    folds: bool = True,
 ) -> Variant:
-    # The baseline too: a network that serves has nothing to compute anew.
-    model = fold(chosen.placed(net.build(spec, baseline=baseline), layout).eval(), inplace=True)
+    """What is compared with is folded too: a network that serves has nothing to compute anew."""
+    model = chosen.placed(net.build(spec, baseline=baseline), layout).eval()
+    model = fold(model, inplace=True) if folds else model
     x = chosen.images(batch_size, 3, net.size, layout, torch.float32)
     call = in_mode(model, mode)
 
