@@ -50,7 +50,7 @@ def laid_out(t: Tensor, like: Tensor) -> Tensor:
 
 def filters_as_rows(weight: Tensor) -> Tensor:
     """``weight``, or a copy, whose filters are rows in memory one after another."""
-    size = weight[0].numel()
+    size = weight.numel() // weight.shape[0]
     dense = weight.is_contiguous() or (weight.dim() in (4, 5) and weight.movedim(1, -1).is_contiguous())
     return weight if dense and weight.stride(0) == size else weight.contiguous()
 

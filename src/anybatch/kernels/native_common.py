@@ -130,15 +130,7 @@ def passes(x: Tensor) -> bool:
     return layout is not None and (layout.channel == 1 or layout.position == 1)
 
 
-class _Address:
-    """What a function in C gets of a tensor, which lives until it returns: where its values are; NULL for None."""
-
-    @classmethod
-    def from_param(cls, given: Any) -> Any:
-        return ctypes.c_void_p(given.data_ptr()) if isinstance(given, Tensor) else given
-
-
-_KINDS: dict[str, Any] = {"p": _Address, "i": ctypes.c_int64, "d": ctypes.c_double}
+_KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 
 
 @functools.cache
@@ -146,7 +138,11 @@ def function(name: str, signature: str) -> Callable[..., None]:
     """A compiled kernel; its arguments, a letter each: p, tensor, array or None; i, whole number; d, number."""
     found = getattr(_found()[0], name)
     found.argtypes, found.restype = [_KINDS[kind] for kind in signature], None
-    return found
+
+    def call(*given: Any) -> None:  # which holds the tensors until it returns
+        found(*[one.data_ptr() if isinstance(one, Tensor) else one for one in given])
+
+    return call
 
 
 @functools.lru_cache(4096)

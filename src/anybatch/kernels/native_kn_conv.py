@@ -7,6 +7,7 @@ filters need not be centered again.
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -35,6 +36,7 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
     return None if passes(x) else "x is neither contiguous nor channels last"
 
 
+@functools.lru_cache(4096)
 def _windows(sizes: torch.Size, windows: torch.Size, at: Windows) -> Any:
     return numbers(*three(sizes), *three(windows), *places(at))
 
@@ -56,7 +58,7 @@ _scratch = _Scratch()
 
 
 def _fields(like: Tensor, positions: torch.Size) -> Tensor:
-    return like.new_empty((len(like), 1, *positions))
+    return like.new_empty((like.shape[0], 1, *positions))
 
 
 class NativeStages(Stages):
@@ -71,9 +73,9 @@ class NativeStages(Stages):
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
         weight = filters_as_rows(weight)
-        centered, total = _scratch.like(weight), weight.new_empty(len(weight))
-        shape = (len(weight), weight[0].numel())
-        function("kn_filters", "iippp")(*shape, weight, centered, total)
+        filters = weight.shape[0]
+        centered, total = _scratch.like(weight), weight.new_empty(filters)
+        function("kn_filters", "iippp")(filters, weight.numel() // filters, weight, centered, total)
         return Filters(centered, total, None)
 
     def normalized(
@@ -116,7 +118,7 @@ class NativeStages(Stages):
         h = torch.empty_like(y)
         masked = torch.empty_like(y) if relu and residual is not None else None
         g_var, g_own = torch.empty_like(done.mean), torch.empty_like(done.mean)
-        g_bias, g_total = total.new_empty((2, len(total))).unbind()
+        g_bias, g_total = total.new_empty((2, total.shape[0])).unbind()
         drops = done.apart is not None
         given = (gradient, y, beside, bias, total)
         to = (h, masked, g_var, g_own, g_bias, g_total if drops else None)
@@ -128,7 +130,8 @@ class NativeStages(Stages):
 
     def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         g = filters_as_rows(g_centered)
-        function("kn_through_filters", "iipp")(len(g), g[0].numel(), g, g_total)
+        filters = g.shape[0]
+        function("kn_through_filters", "iipp")(filters, g.numel() // filters, g, g_total)
         return g
 
     def through_moments(

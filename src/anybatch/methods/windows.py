@@ -126,23 +126,38 @@ def _each(name: str, given: Any, dims: int, least: int) -> tuple[int, ...]:
 
 def check_fit(x: Tensor, at: Windows) -> None:
     """Raise a `ValueError` unless ``x`` is (N, C, *) with room for a window in every dimension."""
-    if x.dim() != len(at.kernel) + 2:
-        raise ValueError(
-            f"x must be (N, C, *) with {len(at.kernel)} spatial dimensions as the kernel has, got shape "
-            f"{tuple(x.shape)}"
+    if torch.compiler.is_compiling():
+        reason = _unfit(x.shape, at)
+    else:
+        try:
+            reason = _unfit_once(x.shape, at)
+        except TypeError:  # sizes that are symbols
+            reason = _unfit(x.shape, at)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def _unfit(shape: torch.Size, at: Windows) -> str | None:
+    if len(shape) != len(at.kernel) + 2:
+        return (
+            f"x must be (N, C, *) with {len(at.kernel)} spatial dimensions as the kernel has, got shape {tuple(shape)}"
         )
-    for size, span, (before, behind) in zip(x.shape[2:], at.spans, at.pads, strict=True):
+    for size, span, (before, behind) in zip(shape[2:], at.spans, at.pads, strict=True):
         if size + before + behind < span:
-            raise ValueError(
+            return (
                 f"a kernel_size of {at.kernel} with dilation {at.dilation} spans {at.spans} positions, more than x of "
-                f"shape {tuple(x.shape)} has with a padding of {at.pads}; use a smaller kernel or more padding"
+                f"shape {tuple(shape)} has with a padding of {at.pads}; use a smaller kernel or more padding"
             )
         most = {"reflect": size - 1, "circular": size}.get(at.padding_mode)
         if most is not None and max(before, behind) > most:
-            raise ValueError(
+            return (
                 f"padding_mode={at.padding_mode!r} can add {most} positions to the {size} of x of shape "
-                f"{tuple(x.shape)}, not {max(before, behind)}; pad less, or in another mode"
+                f"{tuple(shape)}, not {max(before, behind)}; pad less, or in another mode"
             )
+    return None
+
+
+_unfit_once = functools.lru_cache(4096)(_unfit)
 
 
 def pad(x: Tensor, at: Windows) -> Tensor:
