@@ -20,7 +20,10 @@ from anybatch.methods.parameters import bare
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_STANDARDIZING = ["gain", "weight_gamma", "weight_beta", "eps", "variant", "gamma", "eps_rule", "affine", "scale", "same_pad"]
+_STANDARDIZING = (
+    *("gain", "weight_gamma", "weight_beta", "eps", "variant", "gamma", "eps_rule", "affine"),
+    *("scale", "same_pad"),  # timm's
+)
 _PLAIN: tuple[type[nn.Module], ...] = (*_CONVS, *_TRANSPOSED, nn.Linear)
 
 
