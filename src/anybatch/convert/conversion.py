@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anybatch.convert.batches import Batch, evaluating, taken, together
-from anybatch.convert.calibrate import drift, fit_norms
+from anybatch.convert.calibrate import drift, fit_norms, measure_branches
 from anybatch.convert.distill import match_outputs
 from anybatch.convert.heads import fit_heads
 from anybatch.convert.offsets import OFFSET
@@ -219,6 +219,7 @@ def _learned(
     larger = together(batches)
     with evaluating(old, new):
         left = fit_norms(old, new, plan.fitted, larger, choose=target.chooses, offset=offset, tell=phase("calibrate"))
+        measure_branches(new, plan, larger)
         norms = [what.old for what in plan.fitted.values()]
         heads = fit_heads(old, new, norms, larger) if norms else []
         if distill:

@@ -11,10 +11,10 @@ What is inserted:
   nominal values are taken: BatchNorm's running variance tells, filter by filter, what gives the output variance 1 at
   gain 1.
 - **alpha and the learnable number.** Each branch ends in ``alpha * gain * branch``: in the join of a network of ours,
-  or in the place of the branch's last BatchNorm or of an identity in front of the sum. What BatchNorm of weight w gives
-  has variance ``mean w²``; the branch's last convolution is divided by the root of that, so that the branch has
-  variance 1, and the number starts at what makes up for it. Of branches that end in a convolution, as pre-activated
-  ones do, no variance is known: their number starts at ``1 / alpha``.
+  or in the place of the branch's last BatchNorm or of an identity in front of the sum. The branch's last convolution is
+  divided so that the branch has variance 1, and the number starts at what makes up for it. What BatchNorm of weight w
+  gives has variance ``mean w²``; of branches that end in a convolution, as pre-activated ones do, ``calibrate=`` tells
+  it, and without that their number starts at ``1 / alpha``.
 
 A BatchNorm that no convolution can take in becomes constants, `FrozenBatchNorm`: those in front of the activations of
 pre-activated networks, where they stand for beta, channel by channel; those behind linear, transposed and depthwise
@@ -23,10 +23,11 @@ layers. Convolutions without BatchNorm behind keep their filters as constants do
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from anybatch.convert.plan import Planner
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_DROPS = ("StochasticDepth", "DropPath")  # of several libraries
+_DROPS = ("StochasticDepth", "DropPath", "stochastic_depth")  # of several libraries
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ class Sum:
     """The layer that adds, in a network of ours."""
     projected: bool
     """Whether the skip connection has filters."""
+
+
+class End(NamedTuple):
+    """Where a branch can be scaled."""
+
+    place: nn.Module
+    """The layer in whose place."""
+    conv: Any
+    """The convolution that the branch ends in, if it can be divided by as much."""
+    norm: nn.Module | None
+    """The BatchNorm that this took in."""
 
 
 def scale_branches(planner: Planner) -> None:
@@ -74,9 +86,11 @@ def scale_branches(planner: Planner) -> None:
             f"was found{f' (no trace of {untraced[0]})' if untraced else ''}; take 'sws', or 'frozen'"
         )
     for at in found:
-        place, end = _end(planner, graphs, at)
-        name = at.name if place is None else planner.name(place)
-        planner.plan.branches.setdefault(name, end if isinstance(end, str) else _scale(planner, at, place, *end))
+        end = _end(planner, graphs, at)
+        if isinstance(end, End):
+            _scale(planner, at, end)
+        else:
+            planner.plan.branches[at.name] = end
 
 
 def residual_sums(graphs: Graphs) -> Iterator[Sum]:
@@ -115,54 +129,76 @@ def _filters(graphs: Graphs, nodes: set[fx.Node]) -> int:
     return sum(module is not None and any(p.dim() > 1 for p in module.parameters()) for module in modules)
 
 
-def _end(planner: Planner, graphs: Graphs, at: Sum) -> tuple[nn.Module | None, tuple[Any, nn.Module | None] | str]:
-    """The layer in whose place a branch can be scaled, and its last convolution with the norm that this took in.
-
-    None and why, where there is no such layer, or something stands between that does not scale along.
-    """
-    place: nn.Module | None = at.join
-    if place is not None and type(place) is not Join:
-        return None, f"{type(place).__name__} stays, which scales on its own"
+def _end(planner: Planner, graphs: Graphs, at: Sum) -> End | str:
+    """Where a branch can be scaled, or why it cannot."""
+    place: Any = at.join
+    if place is not None and (type(place) is not Join or id(place) in planner.excluded):
+        return f"its {type(place).__name__} stays, which is excluded or scales on its own"
     node: Any = at.branch
     swaps = planner.plan.swaps
     while isinstance(node, fx.Node) and len(node.users) == 1:
         module = graphs.module(node)
+        if module is None and getattr(node.target, "__name__", "") in _DROPS:
+            node = node.args[0]
+            continue
         if module is None or graphs.obstacle(module) is not None or id(module) in planner.excluded:
             break
         if is_batchnorm(module):
             conv = planner.plan.new.get(planner.name(module))
             if not isinstance(conv, StandardizedFilter) or not isinstance(swaps[id(module)], nn.Identity):
                 break
-            return place or module, (conv, module)
+            return End(place or module, conv, module)
         if isinstance(conv := swaps.get(id(module)), StandardizedFilter):
             if place is None:
-                return None, "it ends in a convolution that the network's own code adds to; its gains scale it"
-            return place, (conv, None)
+                return "it ends in a convolution that the network's own code adds to; its gains scale it"
+            return End(place, conv, None)
         if isinstance(module, nn.Identity):
             place = place or module
         elif not isinstance(module, nn.modules.dropout._DropoutNd) and type(module).__name__ not in _DROPS:
             break
         node = node.args[0] if node.args else None
-    return None, "it does not end in a convolution of its own, with or without BatchNorm; nothing is inserted"
+    if place is None:
+        return "it does not end in a convolution that was standardized; nothing is inserted"
+    return End(place, None, None)
 
 
-def _scale(planner: Planner, at: Sum, place: Any, conv: Any, norm: Any) -> str:
+def _scale(planner: Planner, at: Sum, end: End) -> None:
     """Divide a branch's last convolution, and multiply by as much in a layer behind it."""
     rule: Any = planner.target.scheme.residual
     alpha, learned = rule.keywords["alpha"], rule.keywords["skip_gain"] is not None
-    weight = None if norm is None else norm.weight
-    std = 1.0 if weight is None else wide(weight.detach()).square().mean().sqrt().item()
-    factor = (std or 1.0) if learned else alpha
-    gain = factor / alpha if learned else None
-    absorb(conv, conv.gain.new_tensor(1 / factor), wide(conv.bias) / factor)
-    if isinstance(place, Join):
-        new: Any = NormalizerFreeJoin(alpha, 1.0, gain=gain, transition=at.projected)
-        new.drop, new.post_activated = place.drop, True  # of what was trained no variance is expected
+    plan, name = planner.plan, planner.name(end.place)
+    if not learned and end.conv is None:
+        plan.branches[name] = f"nothing, since no convolution ends it that could be divided by alpha {alpha:g}"
+        return
+    variance = None
+    if end.norm is not None:
+        weight: Any = end.norm.weight
+        variance = 1.0 if weight is None else wide(weight.detach()).square().mean().item()
+    factor = (math.sqrt(variance or 1.0)) if learned else alpha
+    if isinstance(end.place, Join):
+        new: Any = NormalizerFreeJoin(alpha, 1.0, gain=1.0 if learned else None, transition=at.projected)
+        new.drop, new.post_activated = end.place.drop, True  # of what was trained no variance is expected
     else:
-        new = BranchScale(alpha, gain)
-    new.to(conv.weight.device, conv.weight.dtype).train(place.training)
-    if gain is not None:
-        nn.init.constant_(new.gain, gain)  # once more, in the digits of this dtype
-    planner.plan.swaps[id(place)] = new
-    number = f"alpha {alpha:g}" + ("" if gain is None else f" times {gain:.3g}, which learns")
-    return number if norm is None else f"{number}; what the branch adds has variance {std**2:.2g}"
+        new = BranchScale(alpha, 1.0 if learned else None)
+    plan.swaps[id(end.place)] = new.to(planner.like.device, planner.like.dtype).train(end.place.training)
+    if learned:
+        nn.init.constant_(new.gain, 1 / alpha)
+    if end.conv is not None:
+        move_scale(end.conv, new, factor)
+    if learned and variance is None and end.conv is not None:
+        plan.unmeasured[name] = (end.conv, new)
+    plan.branches[name] = told(new, variance)
+
+
+@torch.no_grad()
+def move_scale(conv: Any, scale: Any, factor: float) -> None:
+    """Divide a convolution, and multiply the number behind it, where there is one."""
+    absorb(conv, conv.gain.new_tensor(1 / factor), wide(conv.bias) / factor)
+    if scale.gain is not None:
+        scale.gain.mul_(factor)
+
+
+def told(scale: Any, variance: float | None) -> str:
+    """What the report says of a branch."""
+    number = f"alpha {scale.alpha:g}" + ("" if scale.gain is None else f" times {scale.gain.item():.3g}, which learns")
+    return number if variance is None else f"{number}; what the branch adds has variance {variance:.2g}"

@@ -57,6 +57,8 @@ class Plan:
     convolutions_left: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     """How each residual branch is scaled, by the layer that does it; by the sum where none does, and why."""
+    unmeasured: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
+    """The last convolution and the scale of branches whose variance images are to tell."""
 
     @property
     def exact(self) -> bool:
