@@ -49,8 +49,8 @@ def test_a_network_is_made_normalizer_free_and_read_again(call: Command, images:
     assert code == 0, err
     told_of = "nf: 9 norms replaced, 0 left; 9 convolutions changed, 0 left plain; the output changed by 0.0%"
     assert told_of in " ".join(out.split())
-    assert "scales its branch: alpha 0.2 times 5, which learns" in out
-    assert "nothing normalizes any more: clip gradients" in out
+    assert "scales its branch: alpha 0.2 times 5" in out
+    assert "nothing normalizes any more" in out
     made = model_named("new/nf.safetensors")
     assert made.scheme == "nf"
     assert not any(is_batchnorm(module) for module in made.model.modules())

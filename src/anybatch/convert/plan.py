@@ -216,7 +216,7 @@ class Planner:
             raise CannotTakeError("no trace tells which convolution feeds it")
         conv = feeding_layer(graphs, norm)
         if isinstance(conv, str):
-            raise CannotTakeError(f"{self.target.scheme} puts it into the convolution in front: {conv}")
+            raise CannotTakeError(f"no convolution in front can take it in: {conv}")
         if not isinstance(conv, _CONVS):
             raise CannotTakeError(f"{self.name(conv)} feeds it, which is a {type(conv).__name__} and no convolution")
         if reason := self._kept_plain(conv, depthwise=not self.target.normalizer_free):
@@ -241,7 +241,7 @@ class Planner:
         except CannotTakeError as error:
             new = Target.named("frozen").norm(self.name(norm), norm, self._dims(norm), act=False, like=self.like)
             self.plan.swaps[id(norm)] = with_activation(new, norm, taken=False)
-            self.plan.replaced[self.name(norm)] = f"{new!r}, its constants: {error}"
+            self.plan.replaced[self.name(norm)] = f"{new!r}: {error}"
             self.plan.new[self.name(norm)] = new
 
     def _kept_plain(self, conv: Any, *, depthwise: bool = False) -> str | None:

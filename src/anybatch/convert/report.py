@@ -77,7 +77,10 @@ def advice(*, calibrated: bool, exact: bool, normalizer_free: bool, drift: float
             "it up over the first tenth of the steps"
         )
     if normalizer_free:
-        told.append("nothing normalizes any more: clip gradients, by anybatch.optim.attach_agc(optimizer, model)")
+        told.append(
+            "nothing normalizes any more: where the loss becomes unstable take a smaller rate, or clip gradients by "
+            "anybatch.optim.attach_agc(optimizer, model)"
+        )
     if drift is not None and drift > 0.3:
         told.append("the output changed by much: match it at your batch size before fine-tuning, by distill=200")
     if left:

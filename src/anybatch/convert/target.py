@@ -57,7 +57,7 @@ class Target:
         if foreign == ["clip"]:
             raise ValueError(
                 f"to={chosen.name!r} also asks for clipping, which is the training's: leave it out here, and call "
-                f"anybatch.optim.attach_agc(optimizer, model) or train with --scheme {chosen.name}"
+                f"anybatch.optim.attach_agc(optimizer, model) in front of the training"
             )
         if foreign:
             raise ValueError(
