@@ -56,6 +56,17 @@ class PreActivated(nn.Module):
         return x + (h if self.last is None else self.last(h))
 
 
+class Strange(nn.Module):
+    """Cannot be traced."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(channels, channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn(self.conv(x)) if x.sum() > 0 else x
+
+
 class Net(nn.Sequential):
     """A stem, blocks and a classifier."""
 
@@ -314,6 +325,36 @@ def test_what_is_excluded_stays_and_norms_without_averages_do(images: Tensor) ->
     assert list(report.branches) == ["add", "2.bn2"]
 
 
+def test_parts_that_cannot_be_traced_keep_constants_and_are_named(images: Tensor) -> None:
+    model = trained(Net(Block(6, 6), Strange(6)), images)
+    with pytest.warns(UserWarning, match=r"no trace reaches 2\.bn"):
+        made, report = convert_batchnorm(model, "nf", return_report=True)
+    assert_same(made, model, images)
+    assert "no trace tells which convolution feeds it" in report.replaced["2.bn"]
+    assert list(report.branches) == ["1.bn2"]
+
+
+def test_other_kinds_of_batchnorm_and_a_network_in_training(net: nn.Module, images: Tensor) -> None:
+    import torchvision
+    from timm.layers.norm_act import BatchNormAct2d
+
+    made = convert_batchnorm(net.train(), "nf")
+    assert made.training
+    assert_same(made, net.eval(), images)
+
+    model: Any = Net(Block(6, 6))
+    model[0][1] = BatchNormAct2d(6)
+    trained(model, images)
+    model[1].bn1 = frozen = torchvision.ops.FrozenBatchNorm2d(6)
+    for value in (frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var):
+        value.uniform_(0.5, 2)  # pyright: ignore
+    model.double()
+    made, report = convert_batchnorm(model, "nf", return_report=True)
+    assert_same(made, model, images)
+    assert set(report.replaced.values()) == {"inside of 0.0", "inside of 1.conv1", "inside of 1.conv2"}
+    assert isinstance(made.get_submodule("0.1"), nn.ReLU)
+
+
 def test_the_report_tells(net: nn.Module, images: Tensor) -> None:
     report = convert_batchnorm(net, "nf", calibrate=[images], return_report=True)[1]
     assert report.to == "nf"
@@ -417,17 +458,6 @@ def test_files(tmp_path: Path) -> None:
 # Refusals
 
 
-class Strange(nn.Module):
-    """Cannot be traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = conv(3, 3), nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bn(self.conv(x)) if x.sum() > 0 else x
-
-
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "clipping": ("nf+agc", {}, r"clipping, which is the training's.*attach_agc"),
     "activation": ("nf(act=gelu)", {}, "asks for another activation or gain"),
@@ -462,4 +492,20 @@ def test_networks_without_residual_sums_are_refused(images: Tensor) -> None:
         pytest.warns(UserWarning, match="no trace reaches"),
         pytest.raises(ValueError, match="no trace of the model: "),
     ):
-        convert_batchnorm(Strange().eval(), "nf")
+        convert_batchnorm(Strange(3).eval(), "nf")
+
+
+def test_layers_named_as_sums_and_sums_of_other_things_are_none() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add, self.bn = conv(3, 3), nn.BatchNorm2d(3)
+            self.first, self.second = conv(3, 3), conv(3, 3)
+            self.shift = nn.Parameter(torch.zeros(3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(self.add(x)) + self.shift
+            return self.first(x) + self.second(x) + 1
+
+    with pytest.raises(ValueError, match="no sum of a branch and a skip connection"):
+        convert_batchnorm(Other().eval(), "nf")

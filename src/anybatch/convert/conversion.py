@@ -99,9 +99,9 @@ def convert_batchnorm(
       squares over a few hundred images, without gradients or labels. Linear layers behind the last norm are then
       fitted in closed form to what they gave, as far as that serves images that they were not fitted on.
     - Convolutions of schemes with Weight Standardization keep their filters: mean and size of each, which
-      standardizing takes away, become constants of the layer (``ws(variant=aws)``). A convolution takes part where its
-      output comes to a new norm before it comes to other filters, which is read off a trace. Depthwise ones and those
-      of prediction heads, behind which there is no norm, stay plain.
+      standardizing takes away, become constants of the layer (``ws(variant=aws)``; of Scaled WS, ``affine=True``). A
+      convolution takes part where its output comes to a new norm before it comes to other filters, which is read off a
+      trace. Depthwise ones and those of prediction heads, behind which there is no norm, stay plain.
     - ``"frozen"`` makes constants of BatchNorm, which is exact.
     - ``"kn"`` and ``"sws"`` have no norm: the convolution in front takes the place of both, with ``"sws"`` exactly.
       What a KNConv gives must not be overwritten: activations in place and blocks that add in place change as for

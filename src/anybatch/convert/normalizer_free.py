@@ -18,7 +18,7 @@ What is inserted:
 
 A BatchNorm that no convolution can take in becomes constants, `FrozenBatchNorm`: those in front of the activations of
 pre-activated networks, where they stand for beta, channel by channel; those behind linear, transposed and depthwise
-layers. Convolutions without BatchNorm behind keep their filters as constants do: Scaled WS with gain 1.
+layers. Convolutions without BatchNorm behind become Scaled WS too, at gain 1, where a norm follows before other filters.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def residual_sums(graphs: Graphs) -> Iterator[Sum]:
         for node in graph.nodes:
             module = graphs.module(node)
             join = module if isinstance(module, Join) else None
-            if (join is None and node.target not in _SUMS) or node.kwargs or len(node.args) != 2:
+            adds = node.op in ("call_function", "call_method") and node.target in _SUMS
+            if not (adds or join is not None) or node.kwargs or len(node.args) != 2:
                 continue
             pair = [arg for arg in node.args if isinstance(arg, fx.Node)]
             if len(pair) != 2:
