@@ -18,7 +18,7 @@ What is inserted:
 
 A BatchNorm that no convolution can take in becomes constants, `FrozenBatchNorm`: those in front of the activations of
 pre-activated networks, where they stand for beta, channel by channel; those behind linear, transposed and depthwise
-layers. Convolutions without BatchNorm behind become Scaled WS too, at gain 1, where a norm follows before other filters.
+layers. Convolutions that feed no BatchNorm become Scaled WS too, at gain 1, where a norm comes before other filters.
 """
 
 from __future__ import annotations
