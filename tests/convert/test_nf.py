@@ -416,6 +416,14 @@ def test_training_at_batch_2_lowers_the_loss(name: str) -> None:
     assert moved == start.keys() - constant
 
 
+def test_what_asks_for_no_gradients_goes_on_so(net: Any, images: Tensor) -> None:
+    for p in net[1].parameters():
+        p.requires_grad_(False)
+    made: Any = convert_batchnorm(net, "nf")
+    assert not any(p.requires_grad for p in made[1].parameters())
+    assert all(p.requires_grad for p in made[2].parameters())
+
+
 def test_in_place_keeps_parameters_and_folding_the_function(net: Any, images: Tensor) -> None:
     with torch.no_grad():
         wanted, filters = net(images), net[1].conv1.weight

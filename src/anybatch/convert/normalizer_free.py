@@ -185,6 +185,7 @@ def _scale(planner: Planner, at: Sum, end: End) -> None:
     if learned:
         nn.init.constant_(new.gain, 1 / alpha)
     if end.conv is not None:
+        new.requires_grad_(end.conv.gain.requires_grad)
         move_scale(end.conv, new, factor)
     if learned and variance is None and end.conv is not None:
         plan.unmeasured[name] = (end.conv, new)

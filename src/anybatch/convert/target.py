@@ -183,7 +183,7 @@ class Target:
             new.bias = nn.Parameter(old.weight.new_zeros(old.out_channels))
         if "affine" in options:
             like = {"device": old.weight.device, "dtype": old.weight.dtype}
-            new.gain = nn.Parameter(torch.empty(new.gain.shape, **like))
+            new.gain = nn.Parameter(torch.empty(new.gain.shape, **like), requires_grad=old.weight.requires_grad)
             for name in ("weight_gamma", "weight_beta"):
                 setattr(new, name, torch.empty(new.weight_gamma.shape, **like))
         if options.get("variant") == "aws" or "affine" in options:
@@ -254,6 +254,9 @@ def _absorb_exactly(conv: Any, norm: Any) -> None:
     if norm.weight is not None:
         conv.gain.copy_(norm.weight)
     conv.bias.copy_(shift + scale * wide(conv.bias))
+    for mine, theirs in ((conv.gain, norm.weight), (conv.bias, norm.bias)):
+        if isinstance(theirs, nn.Parameter):
+            mine.requires_grad_(theirs.requires_grad)
 
 
 @torch.no_grad()
