@@ -78,8 +78,8 @@ def advice(*, calibrated: bool, exact: bool, normalizer_free: bool, drift: float
         )
     if normalizer_free:
         told.append(
-            "nothing normalizes any more: where the loss becomes unstable take a smaller rate, or clip gradients by "
-            "anybatch.optim.attach_agc(optimizer, model)"
+            "nothing normalizes any more: clip gradients, by anybatch.optim.attach_agc(optimizer, model), which also "
+            "stands larger rates"
         )
     if drift is not None and drift > 0.3:
         told.append("the output changed by much: match it at your batch size before fine-tuning, by distill=200")
