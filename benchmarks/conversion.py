@@ -172,14 +172,17 @@ WAYS: dict[str, Way] = {
         model, convert_batchnorm(model, to, calibrate=images, offset=0), FINE_TUNING // 2
     ),
 }
-CONSTANT: dict[str, Way] = {
-    "BatchNorm kept": lambda model, to, images: copy.deepcopy(model),
-    "frozen": lambda model, to, images: convert_batchnorm(model, "frozen"),
-}
+ALL: list[tuple[str, str, Way]] = [
+    ("bn", "BatchNorm kept", lambda model, to, images: copy.deepcopy(model)),
+    ("bn", "frozen", lambda model, to, images: convert_batchnorm(model, "frozen")),
+    ("nf", "normalizer-free", lambda model, to, images: convert_batchnorm(model, to)),
+    *((to, way, make) for to in ("gn", "ws+gn") for way, make in WAYS.items()),
+]
 
 
-def convert(name: str, root: str, seed: int, out: Path, *, tune: bool) -> None:
+def convert(name: str, root: str, seed: int, out: Path, *, to: str | None, tune: bool) -> None:
     """Rows of one trained network: accuracy after each way of converting it, and after fine-tuning."""
+    ways = [way for way in ALL if to in (None, way[0])]
     path = out / "rows.jsonl"
     done = {key for key, row in read_rows(path).items() if row["fine_tuned"] or not tune}
     split = split_of(name, root)
@@ -188,10 +191,7 @@ def convert(name: str, root: str, seed: int, out: Path, *, tune: bool) -> None:
     model.eval()
     original = right(model, split.val)
     images = list(plain(split.train, 512).split(2))
-    for to, way, make in [
-        *(("bn", way, make) for way, make in CONSTANT.items()),
-        *((to, way, make) for to in ("gn", "ws+gn") for way, make in WAYS.items()),
-    ]:
+    for to, way, make in ways:
         if (name, seed, to, way) in done or (way == ANNEALED and not tune):
             continue
         torch.manual_seed(seed)
@@ -275,6 +275,7 @@ def main() -> None:
     parser.add_argument("--root")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--to", choices=sorted({to for to, _, _ in ALL}), help="rows of one scheme alone")
     parser.add_argument("--no-fine-tuning", action="store_true", help="rows of the conversion alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -284,7 +285,7 @@ def main() -> None:
     if given.do == "train":
         train(given.data, given.root, given.seed, given.out)
     else:
-        convert(given.data, given.root, given.seed, given.out, tune=not given.no_fine_tuning)
+        convert(given.data, given.root, given.seed, given.out, to=given.to, tune=not given.no_fine_tuning)
 
 
 if __name__ == "__main__":

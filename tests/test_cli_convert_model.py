@@ -42,6 +42,23 @@ def test_a_network_is_converted_and_read_again(call: Command, images: Path) -> N
     assert "no BatchNorm of the model becomes gn: it has none" in err
 
 
+def test_a_network_is_made_normalizer_free_and_read_again(call: Command, images: Path) -> None:
+    torch.manual_seed(0)
+    told = ("convert", "resnet8", "--scheme", "bn", "--num-classes", 2, "--to", "nf", "--data", images)
+    code, out, err = call(*told, "--out", "new/nf.safetensors")
+    assert code == 0, err
+    told_of = "nf: 9 norms replaced, 0 left; 9 convolutions changed, 0 left plain; the output changed by 0.0%"
+    assert told_of in " ".join(out.split())
+    assert "scales its branch: alpha 0.2 times 5" in out
+    assert "nothing normalizes any more" in out
+    made = model_named("new/nf.safetensors")
+    assert made.scheme == "nf"
+    assert not any(is_batchnorm(module) for module in made.model.modules())
+    code, out, err = call(*told, "--distill", 2)
+    assert (code, out) == (2, "")
+    assert "distill has nothing to match: nf computes what the old network does" in " ".join(err.split())
+
+
 def test_json_alone(call: Command) -> None:
     code, out, err = call("convert", "torchvision:resnet18", "--to", "gn", "--json")
     assert code == 0, err
@@ -59,7 +76,8 @@ def test_json_alone(call: Command) -> None:
         (("resnet8", "--groups", "some"), "--groups takes a number or auto"),
         (("resnet8", "--distill", 3), "--distill needs images"),
         (("resnett", "--to", "gn"), "unknown model 'resnett'"),
-        (("resnet8", "--scheme", "bn", "--to", "nf"), "also asks for another act and residual"),
+        (("resnet8", "--scheme", "bn", "--to", "nf+agc"), "also asks for clipping, which is the training's"),
+        (("densenet40_12", "--scheme", "bn", "--to", "nf"), "no sum of a branch and a skip connection was found"),
         (("resnet8", "--scheme", "bn", "--exclude", "bn"), "unknown module to exclude 'bn'"),
         (("torchvision:r3d_18", "--data", "digits"), "calibrates networks of images"),
     ],

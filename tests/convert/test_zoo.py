@@ -11,6 +11,7 @@ from anybatch.convert import convert_batchnorm
 from anybatch.convert.kinds import is_batchnorm
 from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.models.named import model_named
+from convert.test_fold import randomized
 
 _FAST = (
     *("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5"),
@@ -94,3 +95,38 @@ def test_timm(name: str, to: str) -> None:
         if to == "frozen":
             torch.testing.assert_close(given, model(x), rtol=1e-4, atol=1e-4)
     assert given.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "scaled"),
+    [
+        ("torchvision:mobilenet_v3_small", 6),
+        ("timm:seresnet18", 0),  # each branch ends in a gate, and the network's own code adds
+        ("timm:resnetv2_18", 8),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("torchvision:regnet_y_400mf", 16),
+                ("torchvision:efficientnet_b0", 9),
+                ("torchvision:fcn_resnet50", 16),
+                ("torchvision:r3d_18", 8),
+                ("timm:regnety_002", 13),
+                ("timm:resnest14d", 4),
+            )
+        ),
+    ],
+)
+def test_normalizer_free(name: str, scaled: int) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = model_named(name).model
+    randomized(model)
+    model.double().eval()
+    made, report = convert_batchnorm(model, "nf", return_report=True)
+    assert not report.left
+    assert sum(what.startswith("alpha") for what in report.branches.values()) == scaled
+    x = torch.randn(1, 3, 8, 48, 48) if name.endswith("r3d_18") else torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        given, wanted = made(x.double()), model(x.double())
+    given, wanted = (y["out"] if isinstance(y, dict) else y for y in (given, wanted))
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-11 * wanted.abs().max().item())

@@ -28,6 +28,7 @@ MADE: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "linear": (layers.WSLinear, (7, 3), {}),
     "transposed": (layers.WSConvTranspose2d, (4, 6, 3), {"groups": 2}),
     "with a scale and a shift": (layers.WSConv2d, (6, 4, 3), {"variant": "aws"}),
+    "scaled, with a scale and a shift": (layers.ScaledWSConv2d, (6, 4, 3), {"affine": True}),
 }
 
 

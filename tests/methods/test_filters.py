@@ -116,6 +116,12 @@ def test_training_behind_an_evaluation_in_inference_mode() -> None:
     assert_same_gradients(gradients(model), gradients(plain), relative=1e-12)
 
 
+def with_constants() -> nn.Module:
+    layer = ScaledWSConv2d(3, 5, 3, affine=True)
+    layer.restore_filters()
+    return layer
+
+
 VARIANT_LAYERS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     *((f"ws-{v}", lambda v=v: WSConv2d(3, 5, 3, variant=v), (2, 3, 6, 6)) for v in VARIANTS),  # pyright: ignore[reportArgumentType]
     *((f"linear-{v}", lambda v=v: WSLinear(6, 5, variant=v), (2, 6)) for v in VARIANTS),  # pyright: ignore[reportArgumentType]
@@ -125,6 +131,7 @@ VARIANT_LAYERS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("transposed-paper", lambda: WSConvTranspose2d(4, 6, 3, variant="paper"), (2, 4, 5, 5)),
     ("scaled", lambda: ScaledWSConv2d(3, 5, 3, gamma=1.7), (2, 3, 6, 6)),
     ("scaled-floored", lambda: ScaledWSConv2d(3, 5, 3, eps=1.0), (2, 3, 6, 6)),  # above some filters' norms
+    ("scaled-affine", with_constants, (2, 3, 6, 6)),
     ("scaled-add", lambda: ScaledWSConv2d(3, 5, 3, eps=0.01, eps_rule="add"), (2, 3, 6, 6)),
 ]
 

@@ -153,3 +153,56 @@ def test_options_reach_the_layers() -> None:
     assert {(m.gamma, m.eps, m.eps_rule) for m in convs} == {(1.5, 0.25, "add")}
     assert len(convs) == len([m for m in model.modules() if isinstance(m, nn.Conv2d)])
     assert all(m.bias is not None for m in convs)
+
+
+def test_the_affine_form_by_hand() -> None:
+    # 1, 3, 5, 7: mean 4, squared norm about it 20; times 2 and plus 1, all times the gain 3.
+    layer = ScaledWSLinear(4, 1, affine=True).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 3.0, 5.0, 7.0]]))
+        layer.weight_gamma.fill_(2.0)
+        layer.weight_beta.fill_(1.0)
+        layer.gain.fill_(3.0)
+    standardized = torch.tensor([[-3.0, -1.0, 1.0, 3.0]]).double() / 20**0.5
+    torch.testing.assert_close(layer.standardized(), 3 * (2 * standardized + 1))
+    layer.restore_filters()
+    assert (layer.weight_gamma.item(), layer.weight_beta.item()) == (pytest.approx(20**0.5), 4)
+    torch.testing.assert_close(layer.standardized(), layer.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"eps_rule": "add", "eps": 1e-2}, {"gamma": 1.7}, {"eps": 1e3}], ids=str)
+@pytest.mark.parametrize("kind", [ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d])
+def test_the_affine_form_restores_filters(kind, options: dict) -> None:
+    layer = kind(4, 6, 3, **options, affine=True).double()
+    nn.init.normal_(layer.weight, 0.3)
+    nn.init.normal_(layer.gain)
+    layer.restore_filters()
+    torch.testing.assert_close(layer.standardized(), layer.weight, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        layer.gain[1] = -2.0
+    torch.testing.assert_close(layer.standardized()[1], -2 * layer.weight[1], rtol=1e-12, atol=1e-12)
+    again = kind(4, 6, 3, **options, affine=True).double()
+    again.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(again.standardized(), layer.standardized(), rtol=0, atol=0)
+    assert not any(p is buffer for p in layer.parameters() for buffer in layer.buffers())
+    assert {name for name, _ in layer.named_buffers()} == {"weight_gamma", "weight_beta"}
+
+
+def test_the_affine_form_has_the_gradients_of_its_formula() -> None:
+    layer = ScaledWSConv2d(2, 3, 3, affine=True).double()
+    layer.restore_filters()
+
+    def filters(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(_Filters(layer), {"layer.weight": weight, "layer.gain": gain}, ())
+
+    inputs = (layer.weight.detach().clone().requires_grad_(), layer.gain.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(filters, inputs)
+
+
+class _Filters(nn.Module):
+    def __init__(self, layer: ScaledWSConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> torch.Tensor:
+        return self.layer.standardized()

@@ -60,9 +60,9 @@ def convert_model(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="The .safetensors file to write; none tries it out.")] = None,
-    to: Annotated[str, typer.Option(help="A scheme: gn, ws+gn, ln, in, pn, lcn, ws+bcn, frn, evos0, kn, frozen.")] = (
-        "ws+gn"
-    ),
+    to: Annotated[
+        str, typer.Option(help="A scheme: gn, ws+gn, ln, in, pn, lcn, ws+bcn, frn, evos0, kn, sws, nf, frozen.")
+    ] = "ws+gn",
     data: Data = None,
     data_root: DataRoot = None,
     images: Annotated[int, typer.Option(min=2, max=512, help="Training images to calibrate on.")] = 512,
@@ -182,6 +182,8 @@ def _show(report: ConversionReport) -> None:
     for name, what in report.replaced.items():
         rest = report.residuals.get(name)
         table.add_row(name, what, "" if rest is None else f"{rest:.1%}")
+    for name, what in report.branches.items():
+        table.add_row(name, f"scales its branch: {what}")
     for name, why in (*report.left.items(), *report.convolutions_left.items()):
         table.add_row(name, f"stays: {why}")
     out_console.print(table, markup=False, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from torch.func import functional_call
 
 from anybatch.convert.batches import Batch, outputs
 from anybatch.convert.kinds import evaluated, wide
+from anybatch.convert.normalizer_free import move_scale, told
 from anybatch.convert.offsets import Moments, add_offsets, can_have
-from anybatch.convert.plan import Fitted
+from anybatch.convert.plan import Fitted, Plan
 from anybatch.convert.target import absorb
 from anybatch.methods.common import widened
 from anybatch.methods.filters import StandardizedFilter
@@ -30,9 +32,12 @@ class _Reached(Exception):  # noqa: N818 (no error)
 
 
 @contextmanager
-def _seen(layers: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Within this context what layers take is seen before they do."""
-    handles = [layer.register_forward_pre_hook(lambda m, args: see(m, args[0])) for layer in layers]
+def _seen(layers: Iterable[Any], see: Callable[[Any, Any], object], *, behind: bool = False) -> Iterator[None]:
+    """Within this context what layers take is seen before they do, or what they give behind them."""
+    if behind:
+        handles = [layer.register_forward_hook(lambda m, _, y: see(m, y)) for layer in layers]
+    else:
+        handles = [layer.register_forward_pre_hook(lambda m, args: see(m, args[0])) for layer in layers]
     try:
         yield
     finally:
@@ -85,6 +90,11 @@ class Sums:
         if z.device.type == "mps":  # which has no float64
             terms = tuple(term.cpu() for term in terms)
         self.sums = self.sums + torch.stack([term.sum(over, dtype=torch.float64) for term in terms])
+
+    def variance(self) -> float:
+        """Of z, on average of its channels."""
+        z, _, zz, *_ = self.sums / self.count  # pyright: ignore[reportGeneralTypeIssues]
+        return (zz - z * z).clamp_min(0).mean().item()
 
     def fit(self, scales: int) -> tuple[Tensor, Tensor, float]:
         """Least squares of t by ``scale * z + shift``, for each channel or for groups of as many channels.
@@ -176,6 +186,31 @@ def fit_norms(
         if tell is not None:
             tell(done, len(calls))
     return left
+
+
+@torch.no_grad()
+def measure_branches(model: nn.Module, plan: Plan, batches: list[Batch]) -> None:
+    """Give branches that end in a convolution variance 1 too, on average of their channels, on some images.
+
+    Args:
+        model: The converted network, in evaluation.
+        plan: Whose ``unmeasured`` branches these are.
+        batches: Images.
+    """
+    sums = {id(conv): Sums() for conv, _ in plan.unmeasured.values()}
+    if sums:
+        convs = [conv for conv, _ in plan.unmeasured.values()]
+        with _seen(convs, lambda conv, y: sums[id(conv)].add(y, y), behind=True):
+            for batch in batches:
+                model(batch)
+    for name, (conv, scale) in plan.unmeasured.items():
+        if not sums[id(conv)].count:
+            continue  # these images do not come there
+        variance = sums[id(conv)].variance()
+        if not math.isfinite(variance):
+            raise ValueError(f"the branch that ends in {name!r} gives values that are not finite, or too large")
+        move_scale(conv, scale, math.sqrt(variance) or 1.0)
+        plan.branches[name] = told(scale, variance)
 
 
 class Fit(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anybatch.convert.batches import Batch, evaluating, taken, together
-from anybatch.convert.calibrate import drift, fit_norms
+from anybatch.convert.calibrate import drift, fit_norms, measure_branches
 from anybatch.convert.distill import match_outputs
 from anybatch.convert.heads import fit_heads
 from anybatch.convert.offsets import OFFSET
@@ -23,7 +23,6 @@ from anybatch.convert.plan import Plan, Planner
 from anybatch.convert.private import check_private, make_private
 from anybatch.convert.report import ConversionReport, advice
 from anybatch.convert.target import Target
-from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.methods.group_norm import Groups
 from anybatch.methods.parameters import bare
 from anybatch.scheme import Scheme, check_number
@@ -100,19 +99,21 @@ def convert_batchnorm(
       squares over a few hundred images, without gradients or labels. Linear layers behind the last norm are then
       fitted in closed form to what they gave, as far as that serves images that they were not fitted on.
     - Convolutions of schemes with Weight Standardization keep their filters: mean and size of each, which
-      standardizing takes away, become constants of the layer (``ws(variant=aws)``). A convolution takes part where its
-      output comes to a new norm before it comes to other filters, which is read off a trace. Depthwise ones and those
-      of prediction heads, behind which there is no norm, stay plain.
+      standardizing takes away, become constants of the layer (``ws(variant=aws)``; of Scaled WS, ``affine=True``). A
+      convolution takes part where its output comes to a new norm before it comes to other filters, which is read off a
+      trace. Depthwise ones and those of prediction heads, behind which there is no norm, stay plain.
     - ``"frozen"`` makes constants of BatchNorm, which is exact.
-    - ``"kn"`` and ``"sws"`` have no norm: the convolution in front takes the place of both. What a KNConv gives must
-      not be overwritten: activations in place and blocks that add in place change as for ``dp``.
+    - ``"kn"`` and ``"sws"`` have no norm: the convolution in front takes the place of both, with ``"sws"`` exactly.
+      What a KNConv gives must not be overwritten: activations in place and blocks that add in place change as for
+      ``dp``.
+    - ``"nf"`` makes a residual network normalizer-free, which is exact too: see `anybatch.convert.normalizer_free`.
     - Norms with an activation of their own (``"frn"``, ``"evos0"``) take the ReLU behind BatchNorm in. One that other
       places share, or that ``forward`` calls as a function, also stays behind them.
 
     Args:
         model: In training or evaluation, on any device. BatchNorm is taken as in evaluation.
         to: A scheme of norms and convolutions, such as ``"gn"``, ``"ws+gn"``, ``"ln"``, ``"in"``, ``"pn"``, ``"lcn"``,
-            ``"ws+bcn"``, ``"frn"``, ``"evos0"``, ``"kn"``, ``"sws"`` or ``"frozen"``.
+            ``"ws+bcn"``, ``"frn"``, ``"evos0"``, ``"kn"``, ``"sws"``, ``"nf"`` or ``"frozen"``.
         calibrate: Images, as a loader gives them: tensors, alone or in front of labels, which are not looked at; for
             detectors lists of images. At most 512 are taken, once.
         exclude: Names of modules that stay as they are with all they hold.
@@ -136,9 +137,10 @@ def convert_batchnorm(
         conversion that fails has changed nothing.
 
     Raises:
-        ValueError: If the model has no BatchNorm or a lazy one, the scheme cannot be a target, a name to exclude is no
-            module's, calibration has no images or meets values that are not finite, or ``dp`` leaves a layer that
-            depends on other samples.
+        ValueError: If the model has no BatchNorm or a lazy one, or for ``"nf"`` no residual sum, the scheme cannot be
+            a target, a name to exclude is no module's, calibration has no images or meets values that are not finite,
+            ``distill`` has nothing to match since the function stays the same, or ``dp`` leaves a layer that depends on
+            other samples.
         ImportError: If ``dp`` is asked for and Opacus is not installed.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -168,6 +170,8 @@ def convert_batchnorm(
     if not plan.replaced:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left.items())[:3])
         raise ValueError(f"no BatchNorm of the model becomes {target.scheme}: {why or 'it has none'}")
+    if distill and plan.exact:
+        raise ValueError(f"distill has nothing to match: {target.scheme} computes what the old network does")
     originals = {id(place.module): was.module for place, was in zip(places, before, strict=True)}
     originals[id(new)] = old
     for what in plan.fitted.values():
@@ -215,6 +219,7 @@ def _learned(
     larger = together(batches)
     with evaluating(old, new):
         left = fit_norms(old, new, plan.fitted, larger, choose=target.chooses, offset=offset, tell=phase("calibrate"))
+        measure_branches(new, plan, larger)
         norms = [what.old for what in plan.fitted.values()]
         heads = fit_heads(old, new, norms, larger) if norms else []
         if distill:
@@ -233,6 +238,7 @@ def _report(old: nn.Module, new: nn.Module, plan: Plan, target: Target, learned:
         left=plan.left,
         convolutions=plan.convolutions,
         convolutions_left=plan.convolutions_left,
+        branches=plan.branches,
         groups={name: int(n) for name, layer in layers.items() if (n := getattr(layer, "num_groups", None))},
         residuals={} if learned is None else learned.residuals,
         offsets=tuple(name for name, what in plan.fitted.items() if what.offset),
@@ -241,7 +247,8 @@ def _report(old: nn.Module, new: nn.Module, plan: Plan, target: Target, learned:
         new_parameters=tuple(key for key in new.state_dict() if key not in had),
         advice=advice(
             calibrated=learned is not None,
-            exact=all(isinstance(plan.new[name], FrozenBatchNorm) for name in plan.replaced),
+            exact=plan.exact,
+            normalizer_free=target.normalizer_free,
             drift=drift,
             left=len(plan.left),
         ),

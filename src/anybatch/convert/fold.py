@@ -20,6 +20,10 @@ from anybatch.methods.parameters import bare
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_STANDARDIZING = (
+    *("gain", "weight_gamma", "weight_beta", "eps", "variant", "gamma", "eps_rule", "affine"),
+    *("scale", "same_pad"),  # timm's
+)
 _PLAIN: tuple[type[nn.Module], ...] = (*_CONVS, *_TRANSPOSED, nn.Linear)
 
 
@@ -157,7 +161,7 @@ def _standardized(layer: nn.Module) -> Tensor | str | None:
 
 def _bake(layer: nn.Module, filters: Tensor) -> None:
     """Make a standardized layer a plain one with these filters."""
-    for name in ("gain", "weight_gamma", "weight_beta", "eps", "variant", "gamma", "eps_rule", "scale", "same_pad"):
+    for name in _STANDARDIZING:
         if hasattr(layer, name):
             delattr(layer, name)
     _set(layer, "weight", filters, layer.get_parameter("weight"))

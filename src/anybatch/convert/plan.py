@@ -14,9 +14,12 @@ from torch import Tensor, fx, nn
 from anybatch.convert.fold import feeding_layer, takes_filters
 from anybatch.convert.graph import Graphs
 from anybatch.convert.kinds import changed, is_batchnorm, own_forward
+from anybatch.convert.normalizer_free import scale_branches
 from anybatch.convert.places import Place
 from anybatch.convert.target import CannotTakeError, Target, absorb_norm, with_activation
+from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.methods.common import Taken
+from anybatch.methods.filters import StandardizedFilter
 from anybatch.suggest import listed, unknown
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -52,6 +55,15 @@ class Plan:
     left: dict[str, str] = field(default_factory=dict)
     convolutions: dict[str, str] = field(default_factory=dict)
     convolutions_left: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    """How each residual branch is scaled, by the layer that does it; by the sum where none does, and why."""
+    unmeasured: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
+    """The last convolution and the scale of branches whose variance images are to tell."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the network stays the same function."""
+        return all(isinstance(layer, FrozenBatchNorm | StandardizedFilter) for layer in self.new.values())
 
 
 def excluded(places: list[Place], exclude: tuple[str, ...]) -> set[int]:
@@ -106,7 +118,10 @@ class Planner:
                 self.plan.left[self.name(norm)] = reason
         if self.target.inside:
             for norm in going:
-                self._try(norm, self._move_inside)
+                self._try(norm, self._move_inside_or_keep if self.target.normalizer_free else self._move_inside)
+            if self.target.normalizer_free:
+                self._standardize([norm for norm in going if id(norm) in self.plan.swaps])
+                scale_branches(self)
             return self.plan
         for norm in going:
             self._try(norm, self._exchange)
@@ -118,7 +133,7 @@ class Planner:
         return self.plan
 
     def _feeding_alone(self, norm: nn.Module) -> nn.Module | None:
-        graphs = self._reached(norm, self.graphs)
+        graphs = self.reached(norm, self.graphs)
         conv = "" if graphs is None else feeding_layer(graphs, norm)
         if not isinstance(conv, _CONVS) or self._kept_plain(conv, depthwise=True):
             return None
@@ -135,14 +150,14 @@ class Planner:
                 for module, _ in modes:
                     module.training = mode
                 found.append(Graphs(self.model))
-                if all(self._reached(norm, found) for norm in self.norms):
+                if all(self.reached(norm, found) for norm in self.norms):
                     break
         finally:
             for module, mode in modes:
                 module.training = mode
         return found
 
-    def _reached(self, module: nn.Module, graphs: list[Graphs]) -> Graphs | None:
+    def reached(self, module: nn.Module, graphs: list[Graphs]) -> Graphs | None:
         return next((graph for graph in graphs if graph.calls(module)), None)
 
     def _try(self, norm: nn.Module, change: Any) -> None:
@@ -159,7 +174,7 @@ class Planner:
 
     def _feeder(self, norm: nn.Module) -> nn.Module | None:
         """What a norm's input comes from, whatever else takes it, where the trace shows a layer."""
-        graphs = self._reached(norm, self.graphs)
+        graphs = self.reached(norm, self.graphs)
         source = None if graphs is None else (graphs.call(norm).args or (None,))[0]
         return None if graphs is None else graphs.module(source)
 
@@ -185,7 +200,7 @@ class Planner:
         act = getattr(norm, "act", None)
         if act is not None and not isinstance(act, nn.Identity):
             return isinstance(act, nn.ReLU), None
-        graphs = self._reached(norm, self.graphs)
+        graphs = self.reached(norm, self.graphs)
         users = [] if graphs is None or graphs.obstacle(norm) else list(graphs.call(norm).users)
         if graphs is None or len(users) != 1:
             return False, None
@@ -196,15 +211,15 @@ class Planner:
 
     def _move_inside(self, norm: nn.Module) -> None:
         """A norm goes, and the convolution in front of it normalizes."""
-        graphs = self._reached(norm, self.graphs)
+        graphs = self.reached(norm, self.graphs)
         if graphs is None:
             raise CannotTakeError("no trace tells which convolution feeds it")
         conv = feeding_layer(graphs, norm)
         if isinstance(conv, str):
-            raise CannotTakeError(f"{self.target.scheme} normalizes inside of the convolution in front: {conv}")
+            raise CannotTakeError(f"no convolution in front can take it in: {conv}")
         if not isinstance(conv, _CONVS):
             raise CannotTakeError(f"{self.name(conv)} feeds it, which is a {type(conv).__name__} and no convolution")
-        if reason := self._kept_plain(conv, depthwise=True):
+        if reason := self._kept_plain(conv, depthwise=not self.target.normalizer_free):
             raise CannotTakeError(f"{self.name(conv)} feeds it: {reason}")
         if self.tied[id(conv.weight)] > 1:
             raise CannotTakeError(f"{self.name(conv)} feeds it, whose weight is another layer's too")
@@ -216,7 +231,18 @@ class Planner:
         self.plan.new[self.name(norm)] = new
         self.plan.inside.add(self.name(norm))
         self.plan.convolutions[self.name(conv)] = repr(new)
-        self.plan.fitted[self.name(norm)] = Fitted(norm, new)
+        if not isinstance(new, StandardizedFilter):  # which computes what both did, and is not to be fitted
+            self.plan.fitted[self.name(norm)] = Fitted(norm, new)
+
+    def _move_inside_or_keep(self, norm: nn.Module) -> None:
+        """A norm goes into the convolution in front, and becomes constants where that cannot be."""
+        try:
+            self._move_inside(norm)
+        except CannotTakeError as error:
+            new = Target.named("frozen").norm(self.name(norm), norm, self._dims(norm), act=False, like=self.like)
+            self.plan.swaps[id(norm)] = with_activation(new, norm, taken=False)
+            self.plan.replaced[self.name(norm)] = f"{new!r}: {error}"
+            self.plan.new[self.name(norm)] = new
 
     def _kept_plain(self, conv: Any, *, depthwise: bool = False) -> str | None:
         """Why a convolution does not become the scheme's, or None."""
@@ -228,7 +254,7 @@ class Planner:
 
     def _standardize(self, norms: list[nn.Module]) -> None:
         """Convolutions whose output comes to a new norm before it comes to another layer become the scheme's."""
-        unseen = [norm for norm in norms if self._reached(norm, self.graphs) is None]
+        unseen = [norm for norm in norms if self.reached(norm, self.graphs) is None]
         if unseen:
             why = next(
                 iter({text: "" for graph in self.graphs for text in graph.untraced.values()}), "nothing calls it"
@@ -240,6 +266,8 @@ class Planner:
             )
         wanted = {id(norm) for norm in norms}
         for conv in self.convs:
+            if id(conv) in self.plan.swaps:
+                continue
             name = self.name(conv)
             reason = self._kept_plain(conv)
             if reason is None and not any(_comes_to(graph, conv, wanted) for graph in self.graphs):

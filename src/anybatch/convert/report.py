@@ -22,6 +22,8 @@ class ConversionReport:
     """What became of each convolution that changed."""
     convolutions_left: dict[str, str] = field(default_factory=dict)
     """Why each other convolution stayed plain, where the scheme has one of its own."""
+    branches: dict[str, str] = field(default_factory=dict)
+    """How each residual branch is scaled, by the layer that does it; by the sum where none does, and why."""
     groups: dict[str, int] = field(default_factory=dict)
     """The number of groups of each new norm that has groups."""
     residuals: dict[str, float] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class ConversionReport:
             told.append(f"{len(self.convolutions)} convolutions changed, {len(self.convolutions_left)} left plain")
         told += [f"{name} left: {why}" for name, why in self.left.items()]
         told += [f"{name} plain: {why}" for name, why in self.convolutions_left.items()]
+        told += [f"{name} scales its branch: {what}" for name, what in self.branches.items()]
         if self.offsets:
             told.append(f"constants in front of {len(self.offsets)} of the norms")
         if self.heads:
@@ -58,7 +61,7 @@ class ConversionReport:
         return "\n".join([*told, *self.advice])
 
 
-def advice(*, calibrated: bool, exact: bool, drift: float | None, left: int) -> tuple[str, ...]:
+def advice(*, calibrated: bool, exact: bool, normalizer_free: bool, drift: float | None, left: int) -> tuple[str, ...]:
     """What to do with a network that was just converted."""
     told: list[str] = []
     if exact:
@@ -72,6 +75,11 @@ def advice(*, calibrated: bool, exact: bool, drift: float | None, left: int) -> 
         told.append(
             "fine-tune with a tenth of the learning rate of training from scratch, scaled to the batch size, and warm "
             "it up over the first tenth of the steps"
+        )
+    if normalizer_free:
+        told.append(
+            "nothing normalizes any more: clip gradients, by anybatch.optim.attach_agc(optimizer, model), which also "
+            "stands larger rates"
         )
     if drift is not None and drift > 0.3:
         told.append("the output changed by much: match it at your batch size before fine-tuning, by distill=200")

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.convert.kinds import as_affine, channels_of, has_averages, is_batchnorm, wide
+from anybatch.methods.activation_gain import activation_gain
 from anybatch.methods.batch_channel_norm import _BatchChannelNorm
 from anybatch.methods.batch_norm import FrozenBatchNorm
-from anybatch.methods.filters import StandardizedFilter
 from anybatch.methods.group_norm import Groups, resolve_groups
+from anybatch.methods.normalizer_free import NormalizerFreeRule
+from anybatch.methods.scaled_weight_standardization import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
 from anybatch.scheme import Scheme
 from anybatch.schemes import scheme
 
 _DEFAULT_GROUPS = 32  # of every part that has groups; networks whose channels they divide are the exception
+_SCALED = (ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d)
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -49,12 +52,20 @@ class Target:
             raise ValueError(f"groups={groups!r} is neither a number above 0 nor 'auto'")
         chosen = scheme(to)
         chosen.check_complete()
-        foreign = [slot for slot in chosen.filled if slot in ("act", "residual", "clip")]
+        own = ("act", "residual") if _is_normalizer_free(chosen) else ()
+        foreign = [slot for slot in chosen.filled if slot in ("act", "residual", "clip") and slot not in own]
+        if foreign == ["clip"]:
+            raise ValueError(
+                f"to={chosen.name!r} also asks for clipping, which is the training's: leave it out here, and call "
+                f"anybatch.optim.attach_agc(optimizer, model) in front of the training"
+            )
         if foreign:
             raise ValueError(
                 f"to={chosen.name!r} also asks for another {' and '.join(foreign)}, which a finished network cannot be "
                 f"given; convert to a scheme of convolutions and norms alone, such as 'ws+gn' or 'sws'"
             )
+        if own:
+            _check_normalizer_free(chosen)
         made = cls(chosen, groups, each)
         if not {"conv", "norm", "norm_act"} & set(chosen.filled):
             raise ValueError(f"to={chosen.name!r} has nothing to put in the place of BatchNorm; take 'gn' or 'ws+gn'")
@@ -76,6 +87,11 @@ class Target:
         make: Any = _of_dims(self.scheme.norm_act or self.scheme.norm, 2)
         told: dict[str, Any] = make.keywords if isinstance(make, partial) else {}
         return told.get("num_groups") == _DEFAULT_GROUPS and told.get("group_size") is None
+
+    @property
+    def normalizer_free(self) -> bool:
+        """Whether residual branches get scales, and no norm is left; see `anybatch.convert.normalizer_free`."""
+        return self.scheme.residual is not None
 
     @property
     def inside(self) -> bool:
@@ -146,6 +162,8 @@ class Target:
         }
         if isinstance(make, partial) and make.keywords.get("variant") == "default":
             options["variant"] = "aws"  # the one that keeps the filters
+        if isinstance(make, partial) and make.func in _SCALED:
+            options["affine"] = True  # for the same reason
         try:
             new = make(
                 old.in_channels,
@@ -163,11 +181,36 @@ class Target:
             new.bias = old.bias
         else:
             new.bias = nn.Parameter(old.weight.new_zeros(old.out_channels))
-        if options.get("variant") == "aws":
+        if "affine" in options:
+            like = {"device": old.weight.device, "dtype": old.weight.dtype}
+            new.gain = nn.Parameter(torch.empty(new.gain.shape, **like), requires_grad=old.weight.requires_grad)
+            for name in ("weight_gamma", "weight_beta"):
+                setattr(new, name, torch.empty(new.weight_gamma.shape, **like))
+        if options.get("variant") == "aws" or "affine" in options:
             new.restore_filters()
-        elif isinstance(gain := getattr(new, "gain", None), nn.Parameter):
-            new.gain = nn.Parameter((_size(old.weight) / new.gamma).reshape(gain.shape).to(old.weight.dtype))
         return new.train(old.training)
+
+
+def _is_normalizer_free(chosen: Scheme) -> bool:
+    return isinstance(chosen.residual, partial) and chosen.residual.func is NormalizerFreeRule
+
+
+def _check_normalizer_free(chosen: Scheme) -> None:
+    """Raise a `ValueError` for options of ``nf`` that a finished network cannot be given."""
+    act: Any = chosen.act
+    told: dict[str, Any] = chosen.residual.keywords  # pyright: ignore
+    if act.args != ("relu",) or act.keywords["gain"] != activation_gain("relu"):
+        raise ValueError(
+            f"to={chosen.name!r} asks for another activation or gain: those of a finished network stay, and their "
+            f"gains are read off BatchNorm's averages; leave act, released and fold_gain out"
+        )
+    if told["skip_gain"] not in (1.0, None):
+        raise ValueError(
+            f"to={chosen.name!r}: each branch's number starts where the network stays the same; leave skip_gain "
+            f"out, or write skip_gain=None for no number"
+        )
+    if not told["alpha"]:
+        raise ValueError(f"to={chosen.name!r}: alpha=0 takes every branch away; it must be above 0")
 
 
 def _of_dims(slot: Any, dims: int) -> Callable[..., nn.Module]:
@@ -200,6 +243,22 @@ def absorb(conv: Any, scale: Tensor, shift: Tensor) -> None:
     conv.bias.copy_(shift)
 
 
+def _absorb_exactly(conv: Any, norm: Any) -> None:
+    """Gain, bias and constants of Scaled WS with which it gives what the BatchNorm behind it gave in evaluation."""
+    if not has_averages(norm):
+        raise CannotTakeError("it keeps no running averages that a convolution could take in")
+    scale, shift = as_affine(norm)
+    std = (wide(norm.running_var) + norm.eps).sqrt()
+    for constants in (conv.weight_gamma, conv.weight_beta):
+        constants.copy_(wide(constants) / std.reshape(constants.shape))
+    if norm.weight is not None:
+        conv.gain.copy_(norm.weight)
+    conv.bias.copy_(shift + scale * wide(conv.bias))
+    for mine, theirs in ((conv.gain, norm.weight), (conv.bias, norm.bias)):
+        if isinstance(theirs, nn.Parameter):
+            mine.requires_grad_(theirs.requires_grad)
+
+
 @torch.no_grad()
 def absorb_norm(conv: Any, norm: Any) -> None:
     """Let a convolution do what the BatchNorm behind it did, as far as can be known without data.
@@ -208,11 +267,8 @@ def absorb_norm(conv: Any, norm: Any) -> None:
         CannotTakeError: If that has no running averages.
     """
     bias: Tensor = conv.bias
-    if isinstance(conv, StandardizedFilter):
-        if not has_averages(norm):
-            raise CannotTakeError("it keeps no running averages that a convolution could take in")
-        scale, shift = as_affine(norm)
-        absorb(conv, scale, shift + scale * wide(bias))
+    if isinstance(conv, _SCALED):
+        _absorb_exactly(conv, norm)
         return
     # What it normalizes has variance 1, and so has the sum over a filter of norm 1 of independent values.
     size = _size(conv.weight).clamp_min(torch.finfo(conv.weight.dtype).tiny)

@@ -70,6 +70,28 @@ class NormalizerFreeJoin(Join):
         return f"alpha={self.alpha}, beta={self.beta:.6g}, transition={self.transition}"
 
 
+class BranchScale(nn.Module):
+    """``alpha * gain * x`` at the end of a residual branch, where a network's own code adds the skip connection.
+
+    What `NormalizerFreeJoin` does to its branch.
+
+    Args:
+        alpha: Standard deviation of what a branch of variance 1 adds at gain 1.
+        gain: Where the learnable number starts; None for none, which is 1 for good.
+    """
+
+    def __init__(self, alpha: float, gain: float | None) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gain = None if gain is None else nn.Parameter(torch.tensor(float(gain)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.alpha if self.gain is None else self.alpha * self.gain) * x
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, learned={self.gain is not None}"
+
+
 class NormalizerFreeRule:
     """Makes the joins of one network, one after another, and keeps the variance expected between blocks.
 

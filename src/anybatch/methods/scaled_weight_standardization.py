@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.dispatch import op
+from anybatch.methods.common import widened
 from anybatch.methods.filters import Rule, StandardizedFilter, check_fan_in, standardized
-from anybatch.scheme import Scheme, check_number
+from anybatch.scheme import Scheme, check_flag, check_number
 
 EpsRule = Literal["max", "add"]
 
@@ -62,12 +63,16 @@ def filter_rule(eps_rule: EpsRule, eps: float, size: int) -> Rule:
 class _ScaledWS(StandardizedFilter):
     """What convolutions and the linear layer share: gain, initialization, and the filter they multiply with."""
 
+    weight_gamma: Tensor
+    weight_beta: Tensor
+
     def __init__(
         self,
         *args: Any,
         gamma: float = 1.0,
         eps: float = 1e-4,
         eps_rule: EpsRule = "max",
+        affine: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -77,10 +82,16 @@ class _ScaledWS(StandardizedFilter):
         check_eps_rule(eps_rule)
         check_number("gamma", gamma)
         check_number("eps", eps)
+        check_flag("affine", affine)
         self.gamma = gamma
         self.eps = eps
         self.eps_rule: EpsRule = eps_rule
+        self.affine = affine
         self.gain = nn.Parameter(torch.empty(len(self.weight), device=device, dtype=dtype))
+        if affine:
+            shape = (len(self.weight), *(1 for _ in self.weight.shape[1:]))
+            self.register_buffer("weight_gamma", torch.ones(shape, device=device, dtype=dtype))
+            self.register_buffer("weight_beta", torch.zeros(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -102,6 +113,24 @@ class _ScaledWS(StandardizedFilter):
         gain_o = self.gain if self.gamma == 1 else self.gamma * self.gain
         return gain_o.reshape(-1, *(1 for _ in self.weight.shape[1:]))
 
+    @property
+    def changes_standardized(self) -> bool:
+        return self.affine
+
+    def standardized(self) -> Tensor:
+        made = super().standardized()
+        return made * self.weight_gamma + self.filter_gain() * self.weight_beta if self.affine else made
+
+    @torch.no_grad()
+    def restore_filters(self) -> None:
+        """Set an ``affine`` layer's scale and shift, and gain 1, so that it multiplies with its weight as it stands."""
+        rows = widened(self.weight).flatten(1)
+        mean = rows.mean(1, keepdim=True)
+        scale = self.rule().scale((rows - mean).square().sum(1), rows.shape[1])
+        self.weight_gamma.copy_((1 / (self.gamma * scale)).reshape(self.weight_gamma.shape))
+        self.weight_beta.copy_((mean / self.gamma).reshape(self.weight_beta.shape))
+        nn.init.ones_(self.gain)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         gain = state_dict.get(f"{prefix}gain")
         if isinstance(gain, Tensor) and gain.dim() > 1 and gain.numel() == self.gain.numel():
@@ -109,7 +138,9 @@ class _ScaledWS(StandardizedFilter):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gamma={self.gamma}, eps={self.eps}, eps_rule={self.eps_rule}"
+        return f"{super().extra_repr()}, gamma={self.gamma}, eps={self.eps}, eps_rule={self.eps_rule}" + (
+            ", affine=True" if self.affine else ""
+        )
 
 
 class _ScaledWSConv(_ScaledWS, nn.modules.conv._ConvNd):
@@ -129,6 +160,9 @@ _DOC = """{what} whose filters have zero mean and norm ``gain``: torch's ``{base
             not applied to the activation.
         eps: What N var is at least.
         eps_rule: ``"max"`` as released; ``"add"`` for ``sqrt(N * (var + eps))``, as timm computes (eps 1e-5).
+        affine: Whether constants stand between standardizing and gain, one scale and one shift for each filter, as in
+            Weight Standardization's variant ``"aws"``: the buffers ``weight_gamma`` and ``weight_beta``. With them
+            filters that were trained without standardization stay what they are: ``restore_filters()``.
 
     All keyword only, behind ``{base}``'s arguments.
 

@@ -56,6 +56,7 @@ LAYERS: list[LayerCase] = [
         eps=1e-2,
         eps_rule="add",
     ),
+    layer_case(layers.ScaledWSConv2d, (6, 4, 3), (3, 6, 7, 5), ("6, 4", "affine=True"), affine=True),
     layer_case(layers.ScaledWSConv3d, (2, 4, 3), (3, 2, 4, 5, 3), ("2, 4", "padding=(1, 1, 1)"), padding=1),
     layer_case(
         layers.ScaledWSLinear,
