@@ -18,6 +18,9 @@ typedef struct {
 INLINE int64_t rows_of(const Norm *q) { return q->height - q->kernel_h + 1; }
 INLINE int64_t columns_of(const Norm *q) { return q->width - q->kernel_w + 1; }
 
+/* Rows of windows that backward holds at a time: those that hold a row of positions, and two at work. */
+INLINE int64_t held_rows(const Norm *q) { return MIN(rows_of(q), q->kernel_h + 2); }
+
 /* The window of a position along one dimension. */
 INLINE int64_t window_of(int64_t at, int64_t size, int64_t kernel) {
     int64_t start = at - (kernel - 1) / 2;
@@ -42,7 +45,7 @@ typedef struct {
     float *mean, *rstd;          /* (columns, channels) of a row of windows; the mean less the middle */
     float *mean_of, *rstd_of;    /* the same, (columns, groups) */
     float *scaled, *along;       /* (channels,): gradients of what is normalized, alone and times that */
-    float *start, *slope;        /* (rows, columns, groups): what windows give their positions, a + b x */
+    float *start, *slope;        /* (held rows, columns, groups): what windows give their positions, a + b x */
     float *values[3];            /* (positions, channels) each, where channels are not innermost in memory */
     void *memory[2];
 } Room;
@@ -248,8 +251,9 @@ INLINE void finish(int64_t groups, const float *restrict x, const float *restric
 /* Row `h` of positions gets what the windows that hold its positions give; `column` sums over their rows. */
 static void finish_row(const Norm *q, const Part *a, Room *r, int64_t h, double *column, double *column_too) {
     int64_t groups = a->groups, columns = columns_of(q), row = columns * groups, gone = h - q->kernel_h;
-    if (h < rows_of(q)) add_fields(row, r->start + h * row, r->slope + h * row, column, column_too);
-    if (gone >= 0) take_fields(row, r->start + gone * row, r->slope + gone * row, column, column_too);
+    int64_t in = h % held_rows(q) * row, out_of = MAX(gone, 0) % held_rows(q) * row;
+    if (h < rows_of(q)) add_fields(row, r->start + in, r->slope + in, column, column_too);
+    if (gone >= 0) take_fields(row, r->start + out_of, r->slope + out_of, column, column_too);
     memset(r->sum, 0, groups * sizeof(double));
     memset(r->sum_too, 0, groups * sizeof(double));
     for (int64_t w = 0; w < q->width; w++) {
@@ -270,14 +274,16 @@ static void backward(const Norm *q, const Part *a, Room *r, float *found, int64_
     memset(column, 0, 2 * row * sizeof(double));
     memset(r->of_weight, 0, 2 * channels * sizeof(double));
     memset(r->recent, 0, 2 * channels * sizeof(float));
-    memset(r->start, 0, rows * row * sizeof(float));
-    memset(r->slope, 0, rows * row * sizeof(float));
     for (int64_t h = 0, last = -1; h < q->height; h++) {
-        int64_t i = window_of(h, q->height, q->kernel_h);
-        if (i != last) moments(q, a, r, i);
+        int64_t i = window_of(h, q->height, q->kernel_h), held = i % held_rows(q) * row;
+        if (i != last) {
+            moments(q, a, r, i);
+            memset(r->start + held, 0, row * sizeof(float));
+            memset(r->slope + held, 0, row * sizeof(float));
+        }
         last = i;
         for (int64_t w = 0; w < q->width; w++) {
-            int64_t p = h * q->width + w, j = window_of(w, q->width, q->kernel_w), at = i * row + j * groups;
+            int64_t p = h * q->width + w, j = window_of(w, q->width, q->kernel_w), at = held + j * groups;
             const float *x = a->x + p * a->x_step, *g = a->g + p * a->g_step;
             const float *mean = r->mean + j * channels, *rstd = r->rstd + j * channels;
             float *gx = a->y + p * a->y_step, *own = r->recent + channels;
@@ -336,8 +342,8 @@ static void turn(const float *from, int64_t step, int64_t rows, int64_t columns,
 INLINE int64_t block_of(const Map *m, const Norm *q) {
     int64_t held = channels_last(m) ? 8 * q->width : m->s, jobs = MAX(1, omp_get_max_threads() / MAX(1, m->n));
     int64_t fit = MIN(65536 / MAX(1, held), (m->c + jobs - 1) / jobs);
-    int64_t least = (2 * SIDE + q->each - 1) / q->each * q->each;
-    return MIN(m->c, MAX(least, fit / least * least));
+    int64_t least = (m->s > 65536 ? 8 : 32) + q->each - 1, whole = least / q->each * q->each;
+    return MIN(m->c, MAX(whole, fit / whole * whole));
 }
 
 static Norm norm_of(const int64_t *sizes, int64_t each, double eps) {
@@ -380,7 +386,7 @@ void local_context_norm_backward(const int64_t *map, const int64_t *map_of_g, co
     float *found = room(2 * m->n * m->c);
 #pragma omp parallel if (m->n * m->s * m->c > SMALL)
     {
-        Room r = room_for(&q, block, rows_of(&q) * columns_of(&q), last ? 0 : block * m->s);
+        Room r = room_for(&q, block, held_rows(&q) * columns_of(&q), last ? 0 : block * m->s);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < m->n * blocks; job++) {
             int64_t n = job / blocks, first = job % blocks * block, count = MIN(block, m->c - first);
