@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +96,7 @@ def convert_model(
         raise UserError(f"--groups takes a number or auto, got {groups!r}")
     if distill and data is None:
         raise UserError("--distill needs images: --data digits, cifar10, imagefolder:DIR, ...")
+    from anybatch import live
     from anybatch.convert import convert_batchnorm
     from anybatch.convert.offsets import OFFSET
     from anybatch.convert.saved import Origin, save_converted
@@ -106,7 +105,7 @@ def convert_model(
     how = {key: value for key, value in how.items() if value is not None}
     found = named_model(model, **how)
     loader = None if data is None else _calibration(found, data, data_root, images, batch_size)
-    with _progress() as tell:
+    with live.phases(err) as tell:
         try:
             made, report = convert_batchnorm(
                 found.model,
@@ -149,21 +148,6 @@ def _calibration(found: Named, data: str, root: str | None, images: int, batch_s
         raise UserError(f"--data {data} has images of {split.in_chans} channels, and {found.name} takes {size[0]}")
     x, _ = split.train.__getitems__(range(min(images, len(split.train))))
     return list(x.split(batch_size))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], object]]:
-    from rich.progress import Progress
-
-    with Progress(console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(phase: str, done: int, of: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=of)
-            bar.update(tasks[phase], completed=done)
-
-        yield tell
 
 
 def _show(report: ConversionReport) -> None:

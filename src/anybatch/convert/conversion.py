@@ -129,7 +129,8 @@ def convert_batchnorm(
             sample is like as a whole, which BatchNorm kept. The larger, the more is kept, and the less is normalized;
             0 for none.
         return_report: Whether to tell what was done too.
-        tell: Called with the phase, what is done and what there is to do.
+        tell: Called with the phase, ``"calibrate"``, ``"distill"`` or ``"compare"``, what is done and what there is to
+            do.
 
     Returns:
         The converted network, in the mode of the old one; with ``return_report`` that and a `ConversionReport`. A
@@ -220,7 +221,7 @@ def _learned(
         if distill:
             match_outputs(old, new, plan.fitted, batches, distill, tell=phase("distill"))
             fit_heads(old, new, norms, larger)
-        return Learned(left, tuple(heads), drift(old, new, larger))
+        return Learned(left, tuple(heads), drift(old, new, larger, tell=phase("compare")))
 
 
 def _report(old: nn.Module, new: nn.Module, plan: Plan, target: Target, learned: Learned | None) -> ConversionReport:
