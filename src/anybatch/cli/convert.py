@@ -143,10 +143,11 @@ def _calibration(found: Named, data: str, root: str | None, images: int, batch_s
         raise UserError(f"--data calibrates networks of images; call convert_batchnorm(calibrate=) for {found.name}")
     name, at = data_sets.parse_data(data, root)
     statistics = None if found.mean is None or found.std is None else (found.mean, found.std)
-    split = data_sets.load(DataSection(name=name, root=at, size=size[1]), statistics=statistics)
-    if split.in_chans != size[0]:
-        raise UserError(f"--data {data} has images of {split.in_chans} channels, and {found.name} takes {size[0]}")
-    x, _ = split.train.__getitems__(range(min(images, len(split.train))))
+    with err.status(f"reading {name}"):
+        found_images, _ = data_sets.sample(DataSection(name=name, root=at, size=size[1]), images, statistics=statistics)
+    x, _ = found_images.__getitems__(range(len(found_images)))
+    if x.shape[1] != size[0]:
+        raise UserError(f"--data {data} has images of {x.shape[1]} channels, and {found.name} takes {size[0]}")
     return list(x.split(batch_size))
 
 

@@ -153,16 +153,19 @@ def _inputs(
     name, root = datasets.parse_data(data, root)
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(f"--data gives square images, and {found.name} is to take {' x '.join(map(str, shape))}")
-    fraction = 0.2 if name in ("digits", "imagefolder", "arrays") else None
+    section = recipe.Data(name=name, root=root, size=shape[1], seed=seed)
+    statistics = None
+    if found.trained and found.mean is not None and found.std is not None:
+        statistics = found.mean, found.std
     with err.status(f"reading {name}"):
-        split = datasets.load(recipe.Data(name=name, root=root, size=shape[1], val_fraction=fraction, batch_size=1))
-    if split.in_chans != shape[0]:
-        raise UserError(f"images of {name} have {split.in_chans} channels, and {found.name} takes {shape[0]}")
-    if len(split.val) < n:
-        raise UserError(f"--batch-size {n} is more than the {len(split.val)} images of {name} for evaluation")
-    places = torch.randperm(len(split.val), generator=torch.Generator().manual_seed(seed))[:n]
-    x, labels = split.val.__getitems__(places.tolist())
-    fits = found.task == "classification" and len(found.classes) >= len(split.classes)
+        images, classes = datasets.sample(section, n, statistics=statistics, evaluation=True)
+    chans = images.images.shape[1]
+    if chans != shape[0]:
+        raise UserError(f"images of {name} have {chans} channels, and {found.name} takes {shape[0]}")
+    if len(images) < n:
+        raise UserError(f"--batch-size {n} is more than the {len(images)} images of {name} for evaluation")
+    x, labels = images.__getitems__(range(n))
+    fits = found.task == "classification" and len(found.classes) >= len(classes)
     told = f"{n} images of {name}, {shape[1]} x {shape[2]} pixels"
     return x, labels if fits else None, told
 
