@@ -12,7 +12,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anybatch.cli.common import AsJson, Data, DataRoot, Debug, UserError, app, err, named_model, out_console, print_json
+from anybatch.cli.common import (
+    AsJson,
+    Data,
+    DataRoot,
+    Debug,
+    Size,
+    UserError,
+    app,
+    err,
+    named_model,
+    out_console,
+    print_json,
+    sized,
+)
 from anybatch.suggest import listed_in, unknown
 
 if TYPE_CHECKING:
@@ -52,9 +65,7 @@ def diagnose(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", min=2, help="Samples to probe with: the batch that norms see.")
     ] = 8,
-    size: Annotated[
-        str | None, typer.Option(help="Of the images: 224 or 3x224x224; the network's own by default.")
-    ] = None,
+    size: Size = None,
     data: Data = None,
     data_root: DataRoot = None,
     scheme: Annotated[str | None, typer.Option(help="How a network of the list normalizes.")] = None,
@@ -79,7 +90,7 @@ def diagnose(
         raise UserError(f"--out {out} is a file; name a folder")
     torch.manual_seed(seed)
     found = named_model(model, scheme=scheme, weights=weights, num_classes=num_classes)
-    shape = _shape(size, found)
+    shape = sized(found, size)
     x, labels, what = _inputs(found, shape, batch_size, data, data_root, seed)
     untrained = _untrained(found, seed) if "signal_propagation" in names else None
     entries = [_entry(name, found, x, labels, untrained, i, len(names)) for i, name in enumerate(names, 1)]
@@ -117,24 +128,6 @@ def _asked(every: bool, probe: str | None) -> list[str]:
     if not names:
         raise UserError(f"--probe names none; known: {', '.join(PROBES)}")
     return list(dict.fromkeys(names))
-
-
-def _shape(size: str | None, found: Named) -> tuple[int, ...]:
-    """(C, H, W), or what else the network takes."""
-    known = found.input_size
-    if size is None:
-        if known is None:
-            raise UserError(f"nothing is known of what {found.name} takes; give --size, as in --size 3x224x224")
-        return known
-    try:
-        sides = tuple(int(part) for part in size.lower().split("x"))
-    except ValueError:
-        sides = ()
-    if not sides or min(sides) < 1 or len(sides) > 4:
-        raise UserError(f"--size takes 224, 224x320 or 3x224x224, got {size!r}")
-    if len(sides) == 1:
-        sides = sides * 2
-    return sides if len(sides) > 2 else (*(known[:-2] if known else (3,)), *sides)
 
 
 def _inputs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from anybatch.convert.batches import Batch, evaluating, taken, together
+from anybatch.convert.batches import Batch, check_takes, evaluating, taken, together
 from anybatch.convert.calibrate import drift, fit_norms
 from anybatch.convert.distill import match_outputs
+from anybatch.convert.fold import copied, ready
 from anybatch.convert.heads import fit_heads
 from anybatch.convert.offsets import OFFSET
 from anybatch.convert.out_of_place import make_out_of_place, overwrites
@@ -25,7 +24,6 @@ from anybatch.convert.report import ConversionReport, advice
 from anybatch.convert.target import Target
 from anybatch.methods.batch_norm import FrozenBatchNorm
 from anybatch.methods.group_norm import Groups
-from anybatch.methods.parameters import bare
 from anybatch.scheme import Scheme, check_number
 
 Tell = Callable[[str, int, int], object]
@@ -137,9 +135,9 @@ def convert_batchnorm(
         conversion that fails has changed nothing.
 
     Raises:
-        ValueError: If the model has no BatchNorm or a lazy one, the scheme cannot be a target, a name to exclude is no
-            module's, calibration has no images or meets values that are not finite, or ``dp`` leaves a layer that
-            depends on other samples.
+        ValueError: If the model has no BatchNorm or a lazy one, or cannot be copied; the scheme cannot be a target, a
+            name to exclude is no module's, calibration has no images or meets values that are not finite, or ``dp``
+            leaves a layer that depends on other samples.
         ImportError: If ``dp`` is asked for and Opacus is not installed.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -158,11 +156,9 @@ def convert_batchnorm(
     if dp and importlib.util.find_spec("opacus") is None:
         raise ImportError("dp=True needs Opacus: pip install 'anybatch[dp]'")
     check_number("offset", offset)
-    old = bare(model)
-    if lazy := [name for name, tensor in (*old.named_parameters(), *old.named_buffers()) if is_lazy(tensor)]:
-        raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
+    old = ready(model)
     before = held(old)
-    new = copy.deepcopy(old)
+    new = copied(old)
     places = held(new)
     names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     plan = Planner(new, places, target, names, feeders=bool(offset) and calibrate is not None).made()
@@ -215,6 +211,7 @@ def _learned(
 
     larger = together(batches)
     with evaluating(old, new):
+        check_takes(old, larger[0][:1])
         left = fit_norms(old, new, plan.fitted, larger, choose=target.chooses, offset=offset, tell=phase("calibrate"))
         norms = [what.old for what in plan.fitted.values()]
         heads = fit_heads(old, new, norms, larger) if norms else []

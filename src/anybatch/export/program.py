@@ -18,7 +18,7 @@ from anybatch import convert
 from anybatch.convert.fold import copied
 from anybatch.export.card import KEY, Card
 from anybatch.export.runtime import EXTRA, Run, onnx_runner, relative_error, tensors
-from anybatch.files import write_file
+from anybatch.files import check_writable, write_file
 from anybatch.methods.parameters import bare
 from anybatch.models.named import Facts, Named, described
 
@@ -93,6 +93,7 @@ def export(
         content = _onnx(program, card, len(wanted)) if target.suffix == ".onnx" else _pt2(program, card)
         del program
         error = _checked(content, target, original, x, card) if check else None
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, content)
     return Exported(target, card, fixed, report, error)
 
@@ -107,15 +108,7 @@ def _checked_path(path: str | Path) -> Path:
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    if target.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.with_name(f".{target.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:  # now, and not after minutes
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    check_writable(target)  # now, and not after minutes
     return target
 
 

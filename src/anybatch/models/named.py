@@ -301,6 +301,8 @@ def _of_file(text: str) -> Named:
         model = made()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} returned a {type(model).__name__}, and must return a torch.nn.Module")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"{text} returned a module on the meta device, without values")
     return described(model, text)
 
 
@@ -320,7 +322,7 @@ def _told(what: str, path: Path) -> Iterator[None]:
     """Whatever a user's file raises becomes one line with the place in that file."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.resolve())
         ]
