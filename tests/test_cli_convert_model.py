@@ -61,7 +61,7 @@ def test_json_alone(call: Command) -> None:
         (("resnett", "--to", "gn"), "unknown model 'resnett'"),
         (("resnet8", "--scheme", "bn", "--to", "nf"), "also asks for another act and residual"),
         (("resnet8", "--scheme", "bn", "--exclude", "bn"), "unknown module to exclude 'bn'"),
-        (("torchvision:r3d_18", "--data", "digits"), "torchvision:r3d_18 takes 3x16x112x112"),
+        (("torchvision:r3d_18", "--data", "digits"), "torchvision:r3d_18 takes 3x16x112x112; call convert_batchnorm"),
     ],
 )
 def test_one_line_for_each_mistake(arguments: tuple[object, ...], message: str, call: Command) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from anybatch.convert import ConversionReport
     from anybatch.models.named import Named
 
+_FEW = 64  # images to calibrate on
+
 
 class _ModelFirst(typer.core.TyperGroup):
     """What names no command is a model: ``convert torchvision:resnet50`` is ``convert model torchvision:resnet50``."""
@@ -99,8 +101,10 @@ def convert_model(
         raise UserError(f"--groups takes a number or auto, got {groups!r}")
     if distill and data is None:
         raise UserError("--distill needs images: --data digits, cifar10, imagefolder:DIR, ...")
-    if data is None and (data_root or size) is not None:
-        raise UserError(f"{'--size' if data_root is None else '--data-root'} goes with --data")
+    if data is None:
+        for option, value in (("--data-root", data_root), ("--size", size), ("--offset", offset)):
+            if value is not None:
+                raise UserError(f"{option} goes with --data")
     from anybatch import live
     from anybatch.convert import convert_batchnorm
     from anybatch.convert.offsets import OFFSET
@@ -109,9 +113,7 @@ def convert_model(
     how = {"scheme": scheme, "num_classes": num_classes}
     how = {key: value for key, value in how.items() if value is not None}
     found = named_model(model, weights=weights, **how)
-    if (
-        weights is not None and found.architecture
-    ):  # which has as many classes as the weights; they are not needed again
+    if weights is not None and found.architecture:  # as many as the weights have, which are not needed again
         how["num_classes"] = len(found.classes)
     loader = None if data is None else _calibration(found, data, data_root, size, images, batch_size)
     with live.phases(err) as tell:
@@ -138,6 +140,10 @@ def convert_model(
         return
     _show(report)
     notes = [] if found.trained or ".py:" in model else ["its weights are drawn at random; --weights gives it others"]
+    if loader is not None and (count := sum(map(len, loader))) < _FEW:
+        notes.append(f"calibrated on {count} images; a few hundred tell more")
+    if offset and not report.offsets:
+        notes.append("no constants were added: no group norm takes one convolution's output, or they do not serve")
     for note in [*report.advice, *notes, *([] if out is None else [f"{out}: {model} with {report.to}"])]:
         out_console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -159,10 +165,8 @@ def _calibration(
 
     shape = sized(found, size)
     if len(shape) != 3 or shape[1] != shape[2] or found.task == "detection":
-        told = "x".join(map(str, shape))
-        raise UserError(
-            f"--data gives square images, and {found.name} takes {told}: call convert_batchnorm(calibrate=)"
-        )
+        takes = "lists of images" if found.task == "detection" else "x".join(map(str, shape))
+        raise UserError(f"--data gives square images, {found.name} takes {takes}; call convert_batchnorm(calibrate=)")
     name, at = data_sets.parse_data(data, root)
     statistics = None if found.mean is None or found.std is None else (found.mean, found.std)
     with err.status(f"reading {name}"):

@@ -165,6 +165,8 @@ def convert_batchnorm(
     if not plan.replaced:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left.items())[:3])
         raise ValueError(f"no BatchNorm of the model becomes {target.scheme}: {why or 'it has none'}")
+    if distill and not plan.fitted:
+        raise ValueError(f"distill has nothing to match: {target.scheme} computes what the old network does")
     originals = {id(place.module): was.module for place, was in zip(places, before, strict=True)}
     originals[id(new)] = old
     for what in plan.fitted.values():
