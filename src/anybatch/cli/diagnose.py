@@ -83,18 +83,20 @@ def diagnose(
     """
     import torch
 
+    from anybatch.files import check_writable
     from anybatch.report import diagnosis
 
     names = _asked(every, probe)
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    folder = out or Path("runs") / f"diagnose-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in model)}"
+    check_writable(folder / "report.html")
     torch.manual_seed(seed)
     found = named_model(model, scheme=scheme, weights=weights, num_classes=num_classes)
     shape = sized(found, size)
     x, labels, what = _inputs(found, shape, batch_size, data, data_root, seed)
     untrained = _untrained(found, seed) if "signal_propagation" in names else None
     entries = [_entry(name, found, x, labels, untrained, i, len(names)) for i, name in enumerate(names, 1)]
-    folder = out or Path("runs") / f"diagnose-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in model)}"
     facts = {
         "model": f"{found.name}{f' with {found.scheme}' if found.scheme else ''}",
         "parameters": f"{sum(p.numel() for p in found.model.parameters()):,}",

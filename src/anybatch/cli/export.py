@@ -17,7 +17,7 @@ from anybatch.cli.common import (
     named_model,
     out_console,
     print_json,
-    sides,
+    sized,
 )
 
 
@@ -59,13 +59,14 @@ def export(
 
     from anybatch import export as exporting
 
-    shape = None if size is None else sides(size)
     found = named_model(model, scheme=scheme, weights=weights, num_classes=num_classes)
     floating = [t.dtype for t in found.model.state_dict().values() if t.is_floating_point()]
     narrow = sorted({str(dtype).removeprefix("torch.") for dtype in floating if dtype.itemsize < 4})
     found.model.float()
     try:
-        done = exporting.export(found, out, size=shape, dynamic_size=dynamic_size, fold=not no_fold, check=check)
+        done = exporting.export(
+            found, out, size=sized(found, size), dynamic_size=dynamic_size, fold=not no_fold, check=check
+        )
     except ImportError as error:
         raise UserError(str(error)) from None
     except exporting.CheckError as error:

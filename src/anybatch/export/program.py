@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -164,7 +166,8 @@ def _outputs(model: nn.Module, name: str, x: Tensor) -> list[Tensor]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # of colours
+    return " ".join(plain.split())[:300] or type(error).__name__
 
 
 def _program(model: nn.Module, name: str, x: Tensor, dynamic_size: bool) -> tuple[Any, str]:
@@ -195,7 +198,12 @@ def _other_size(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _exported(model: nn.Module, x: Tensor, free: dict[int, Any]) -> Any:
-    return torch.export.export(model, (x,), dynamic_shapes=(free,))
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what torch logs of a failure is in its error too
+    try:
+        return torch.export.export(model, (x,), dynamic_shapes=(free,))
+    finally:
+        logging.disable(before)
 
 
 def _onnx(program: Any, card: Card, outputs: int) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from anybatch.models import hub
 from anybatch.models.network import Network
@@ -301,7 +302,10 @@ def _of_file(text: str) -> Named:
         model = made()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} returned a {type(model).__name__}, and must return a torch.nn.Module")
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    held = [*model.parameters(), *model.buffers()]
+    if any(map(is_lazy, held)):
+        raise ValueError(f"{text} returned a module whose layers have no shape yet; call it once in {function}")
+    if any(tensor.is_meta for tensor in held):
         raise ValueError(f"{text} returned a module on the meta device, without values")
     return described(model, text)
 

@@ -135,7 +135,10 @@ def _named(model: nn.Module, asked: Sequence[str] | None) -> list[str]:
         return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     blocks = [name for name in names if _is_block(model.get_submodule(name))]
     inner = [n for n in blocks if not any(other.startswith(f"{n}.") for other in blocks)]
-    return inner or [name for name in names if isinstance(model.get_submodule(name), FILTERS)]
+    found = inner or [name for name in names if isinstance(model.get_submodule(name), FILTERS)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no blocks, convolutions or linear layers to measure behind")
+    return found
 
 
 def _is_block(module: nn.Module) -> bool:

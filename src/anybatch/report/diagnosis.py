@@ -61,14 +61,14 @@ def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], re
     """
     sections = []
     for entry in entries:
-        figure = None if entry.result is None else drawn(entry.result, entry.before)
         table = None if entry.result is None else entry.result.table()
         sections.append(
             {
                 "entry": entry,
                 "title": entry.name.replace("_", " ") if entry.result is None else entry.result.title,
                 "explained": EXPLAINED[entry.name],
-                "figure": None if figure is None else image(figure),
+                "figure": _picture(entry),
+                "finite": entry.result is None or entry.result.finite,
                 "table": table,
             }
         )
@@ -81,6 +81,16 @@ def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], re
         sections=sections,
         reproduce=reproduce,
     )
+
+
+def _picture(entry: Entry) -> str | None:
+    try:
+        figure = None if entry.result is None else drawn(entry.result, entry.before)
+        return None if figure is None else image(figure)
+    except ValueError:  # of axes that end at what is not finite
+        if entry.result is None or entry.result.finite:
+            raise
+        return None
 
 
 def write(entries: Sequence[Entry], out: Path, *, title: str, facts: Mapping[str, str], reproduce: str) -> Path:
