@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,6 +98,11 @@ def diagnose(
     x, labels, what = _inputs(found, shape, batch_size, data, data_root, seed)
     untrained = _untrained(found, seed) if "signal_propagation" in names else None
     entries = [_entry(name, found, x, labels, untrained, i, len(names)) for i, name in enumerate(names, 1)]
+    if data is None:
+        entries = [
+            entry if entry.result is None else replace(entry, result=diagnosis.on_noise(entry.result))
+            for entry in entries
+        ]
     facts = {
         "model": f"{found.name}{f' with {found.scheme}' if found.scheme else ''}",
         "parameters": f"{sum(p.numel() for p in found.model.parameters()):,}",

@@ -94,12 +94,12 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
-def many(count: int, what: str) -> str:
+def many(count: int, what: str, several: str = "") -> str:
     """
-    >>> many(1, "layer"), many(3, "layer")
-    ('1 layer', '3 layers')
+    >>> many(1, "layer"), many(3, "layer"), many(2, "branch", "branches")
+    ('1 layer', '3 layers', '2 branches')
     """
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return f"{count} {what if count == 1 else several or f'{what}s'}"
 
 
 def _finite(value: Any) -> bool:

@@ -90,13 +90,16 @@ def _random_state() -> Callable[[], None]:
     numpy: Any = sys.modules.get("numpy")
     drawn = None if numpy is None else numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    seed = torch.initial_seed()  # from which CUDA starts, whenever it does
 
     def restore() -> None:
         random.setstate(python)
         torch.set_rng_state(cpu)
         if numpy is not None:
             numpy.random.set_state(drawn)
-        if cuda is not None:
+        if cuda is None:
+            torch.cuda.manual_seed_all(seed)
+        else:
             torch.cuda.set_rng_state_all(cuda)
 
     return restore
