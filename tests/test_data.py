@@ -529,6 +529,36 @@ def test_an_image_folder_may_have_test_for_val_or_class_folders_alone(tmp_path):
         load(Data(name="imagefolder", root=str(tmp_path / "c")))
 
 
+def test_a_sample_is_balanced_and_decodes_no_other_images(tmp_path):
+    root = str(folders(tmp_path / "a", each=6))
+    (tmp_path / "a" / "train" / "cat" / "5.png").write_text("unreadable")
+    config, given = Data(name="imagefolder", root=root, size=8), ((1 / 255,) * 3, (1 / 255,) * 3)
+    taken = [data.sample(config.model_copy(update={"seed": seed}), 4, statistics=given) for seed in range(9)]
+    readable = [images for images, _ in taken if not any("cat/5.png" in str(p) for p in images.images.paths)]
+    assert 0 < len(readable) < 9  # a broken image that is not taken does not matter
+    x, y = readable[0].__getitems__(range(4))
+    assert x.shape == (4, 3, 8, 8)
+    assert y.tolist() == [0, 0, 1, 1]
+    assert all(round(value) % 10 == 9 for value in x[:, 0, 0, 0].tolist())  # of training: the others end in 0
+    images, classes = data.sample(config, 100, statistics=given, evaluation=True)
+    assert (len(images), classes) == (12, ("cat", "dog"))
+    assert all(round(images[i][0][0, 0, 0].item()) % 10 == 0 for i in range(12))
+
+
+def test_a_sample_of_images_in_one_part_takes_what_there_is(tmp_path):
+    root = str(folders(tmp_path / "b", (".",), each=5))
+    images, _ = data.sample(Data(name="imagefolder", root=root, size=8), 100, evaluation=True)
+    assert len(images) == 10
+    mean = everything(images).mean((0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(3), atol=1e-5, rtol=0)  # by their own statistics
+    arrays = npz(tmp_path / "a.npz", **some_arrays(20))
+    assert len(data.sample(Data(name="arrays", root=arrays), 100)[0]) == 20
+    with pytest.raises(ValueError, match="the model was trained on the other kind"):
+        data.sample(Data(name="digits"), 4, statistics=((0.5,), (0.2,)))
+    with pytest.raises(ValueError, match="unknown data set 'digit'; did you mean digits"):
+        data.sample(Data(name="digit"), 4)
+
+
 def test_images_to_be_cropped_are_kept_larger(tmp_path):
     split = load(Data(name="imagefolder", root=str(folders(tmp_path)), size=16, augment=("crop", "flip")))
     assert split.train.images.shape == (8, 3, 19, 19)

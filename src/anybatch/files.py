@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_writable(path: Path) -> None:
+    """Raise a `ValueError` where no file could be written, before any work is done for it. Nothing is made."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: you may not write into {folder}")
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file beside ``path``, bring it to disk, and put it in the place of ``path``.
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +30,9 @@ if TYPE_CHECKING:
     from anybatch.recipe import Recipe
     from anybatch.rows import Row
     from anybatch.study import Event, Study
+
+_SOON = 2.0
+"""Seconds after which a bar shows; shorter work would make it flicker."""
 
 
 class Display:
@@ -169,6 +183,42 @@ def train(recipe: Recipe, out: Path, console: Console, *, tensorboard: bool = Fa
                 console.print(f"{100 * state.samples / state.total:.0f} %{error}", highlight=False)
 
         return training.run_in(recipe, out, tell=tell, tensorboard=tensorboard)
+
+
+@contextmanager
+def phases(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each phase of a work, as it comes: call with its name, what is done of it and what there is to do.
+
+    Nothing shows on what is no terminal, or of work that is done within 2 seconds.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=console, transient=True)
+    tasks: dict[str, TaskID] = {}
+
+    def tell(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            tasks[phase] = progress.add_task(phase, total=total)
+        progress.update(tasks[phase], completed=done)
+
+    later = threading.Timer(_SOON, progress.start)
+    later.daemon = True
+    if console.is_terminal:
+        later.start()
+    try:
+        yield tell
+    finally:
+        if console.is_terminal:
+            later.cancel()
+            later.join()
+        if progress.live.is_started:
+            progress.stop()
 
 
 def bench(chosen: benching.Settings, path: Path, console: Console) -> list[benching.Row]:

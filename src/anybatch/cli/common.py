@@ -6,6 +6,8 @@ import errno
 import json
 import signal
 import sys
+import warnings
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -29,6 +31,7 @@ app = typer.Typer(
 
 err = Console(stderr=True)  # progress and messages; standard output holds results alone
 out_console = Console()
+_results: list[str] = []  # of --json
 
 Data = Annotated[
     str | None,
@@ -44,6 +47,9 @@ ValFraction = Annotated[
     float | None, typer.Option(help="Evaluate on this share of the training images.", rich_help_panel="Data")
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images.", rich_help_panel="Data")]
+Size = Annotated[
+    str | None, typer.Option(help="Of the images: 224, 224x320 or 3x224x224; the network's own by default.")
+]
 ModelName = Annotated[str | None, typer.Option("--model", help="A network's name; see anybatch list --models.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate at 32 images a step; scaled to the batch.")]
@@ -66,8 +72,14 @@ def main() -> None:
     """Entry point: errors become one line on standard error."""
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = _warn
+    _results.clear()
     try:
-        code = app(standalone_mode=False)  # what typer.Exit carried, or None
+        # What a user's network prints is no result.
+        with redirect_stdout(sys.stderr) if "--json" in sys.argv else nullcontext():
+            code = app(standalone_mode=False)  # what typer.Exit carried, or None
+        sys.stdout.write("".join(_results))
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted", style="yellow")
         sys.exit(130)
@@ -78,6 +90,11 @@ def main() -> None:
             raise
         sys.exit(told_in_one_line(error))
     sys.exit(code or 0)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    text = " ".join(str(message).split())
+    err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -149,6 +166,28 @@ def named_model(text: str, **how: Any) -> Named:
         raise UserError(str(error)) from None
 
 
+def sides(text: str) -> tuple[int, ...]:
+    """What ``--size`` says: H and W, or those behind C, or behind C and T."""
+    try:
+        found = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        found = ()
+    if not 1 <= len(found) <= 4 or min(found) < 1:
+        raise UserError(f"--size takes 224, 224x320 or 3x224x224, got {text!r}")
+    return found * 2 if len(found) == 1 else found
+
+
+def sized(found: Named, text: str | None) -> tuple[int, ...]:
+    """What a network is to take, (C, H, W) say: as ``--size`` says, or its own."""
+    known = found.input_size
+    if text is not None:
+        given = sides(text)
+        return given if len(given) > 2 else (*(known[:-2] if known else (3,)), *given)
+    if known is None:
+        raise UserError(f"nothing is known of what {found.name} takes; give --size, as in --size 3x224x224")
+    return known
+
+
 def key_values(items: list[str] | None, option: str, example: str) -> dict[str, str]:
     """The values of a repeatable option by their keys."""
     found = {}
@@ -161,7 +200,7 @@ def key_values(items: list[str] | None, option: str, example: str) -> dict[str, 
 
 
 def print_json(values: Any) -> None:
-    sys.stdout.write(json.dumps(values, allow_nan=False) + "\n")
+    _results.append(json.dumps(values, allow_nan=False) + "\n")
 
 
 @app.callback(invoke_without_command=True)

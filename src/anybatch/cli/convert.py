@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +14,7 @@ from anybatch.cli.common import (
     Data,
     DataRoot,
     Debug,
+    Size,
     UserError,
     app,
     err,
@@ -23,6 +22,7 @@ from anybatch.cli.common import (
     named_model,
     out_console,
     print_json,
+    sized,
 )
 from anybatch.suggest import listed
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from anybatch.convert import ConversionReport
     from anybatch.models.named import Named
+
+_FEW = 64  # images to calibrate on
 
 
 class _ModelFirst(typer.core.TyperGroup):
@@ -65,6 +67,7 @@ def convert_model(
     ] = "ws+gn",
     data: Data = None,
     data_root: DataRoot = None,
+    size: Size = None,
     images: Annotated[int, typer.Option(min=2, max=512, help="Training images to calibrate on.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Of the steps without labels.")] = 2,
     distill: Annotated[int, typer.Option(min=0, help="Steps without labels that match the old network.")] = 0,
@@ -92,21 +95,28 @@ def convert_model(
     With --data the new norms are fitted to what BatchNorm gave, forward only and without labels. The file is a network
     for every command that takes one.
     """
-    if out is not None and out.suffix != ".safetensors":
-        raise UserError(f"--out must end in .safetensors, got {out}")
-    if groups != "auto" and not groups.isdigit():
+    if out is not None:
+        _check_out(out)
+    if groups != "auto" and not groups.isdecimal():
         raise UserError(f"--groups takes a number or auto, got {groups!r}")
     if distill and data is None:
         raise UserError("--distill needs images: --data digits, cifar10, imagefolder:DIR, ...")
+    if data is None:
+        for option, value in (("--data-root", data_root), ("--size", size), ("--offset", offset)):
+            if value is not None:
+                raise UserError(f"{option} goes with --data")
+    from anybatch import live
     from anybatch.convert import convert_batchnorm
     from anybatch.convert.offsets import OFFSET
     from anybatch.convert.saved import Origin, save_converted
 
-    how = {"scheme": scheme, "weights": weights and str(weights), "num_classes": num_classes}
+    how = {"scheme": scheme, "num_classes": num_classes}
     how = {key: value for key, value in how.items() if value is not None}
-    found = named_model(model, **how)
-    loader = None if data is None else _calibration(found, data, data_root, images, batch_size)
-    with _progress() as tell:
+    found = named_model(model, weights=weights, **how)
+    if weights is not None and found.architecture:  # as many as the weights have, which are not needed again
+        how["num_classes"] = len(found.classes)
+    loader = None if data is None else _calibration(found, data, data_root, size, images, batch_size)
+    with live.phases(err) as tell:
         try:
             made, report = convert_batchnorm(
                 found.model,
@@ -130,40 +140,43 @@ def convert_model(
         return
     _show(report)
     notes = [] if found.trained or ".py:" in model else ["its weights are drawn at random; --weights gives it others"]
+    if loader is not None and (count := sum(map(len, loader))) < _FEW:
+        notes.append(f"calibrated on {count} images; a few hundred tell more")
+    if offset and not report.offsets:
+        notes.append("no constants were added: no group norm takes one convolution's output, or they do not serve")
     for note in [*report.advice, *notes, *([] if out is None else [f"{out}: {model} with {report.to}"])]:
         out_console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def _calibration(found: Named, data: str, root: str | None, images: int, batch_size: int) -> list[Tensor]:
+def _check_out(out: Path) -> None:
+    from anybatch.files import check_writable
+
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {out}")
+    check_writable(out)
+
+
+def _calibration(
+    found: Named, data: str, root: str | None, size: str | None, images: int, batch_size: int
+) -> list[Tensor]:
     """The first training images of a data set, normalized as the network takes them, in batches."""
     from anybatch import data as data_sets
     from anybatch.recipe import Data as DataSection
 
-    size = found.input_size
-    if size is None or len(size) != 3:
-        raise UserError(f"--data calibrates networks of images; call convert_batchnorm(calibrate=) for {found.name}")
+    shape = sized(found, size)
+    if len(shape) != 3 or shape[1] != shape[2] or found.task == "detection":
+        takes = "lists of images" if found.task == "detection" else "x".join(map(str, shape))
+        raise UserError(f"--data gives square images, {found.name} takes {takes}; call convert_batchnorm(calibrate=)")
     name, at = data_sets.parse_data(data, root)
     statistics = None if found.mean is None or found.std is None else (found.mean, found.std)
-    split = data_sets.load(DataSection(name=name, root=at, size=size[1]), statistics=statistics)
-    if split.in_chans != size[0]:
-        raise UserError(f"--data {data} has images of {split.in_chans} channels, and {found.name} takes {size[0]}")
-    x, _ = split.train.__getitems__(range(min(images, len(split.train))))
+    with err.status(f"reading {name}"):
+        found_images, _ = data_sets.sample(
+            DataSection(name=name, root=at, size=shape[1]), images, statistics=statistics
+        )
+    x, _ = found_images.__getitems__(range(len(found_images)))
+    if x.shape[1] != shape[0]:
+        raise UserError(f"--data {data} has images of {x.shape[1]} channels, and {found.name} takes {shape[0]}")
     return list(x.split(batch_size))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], object]]:
-    from rich.progress import Progress
-
-    with Progress(console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(phase: str, done: int, of: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=of)
-            bar.update(tasks[phase], completed=done)
-
-        yield tell
 
 
 def _show(report: ConversionReport) -> None:
@@ -229,10 +242,7 @@ def convert_weights(
     from anybatch.models.registry import create_network
     from anybatch.recipe import read_value
 
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out must end in .safetensors, got {out}")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file in it")
+    _check_out(out)
     if classifier not in (None, "adapt") and num_classes is None:
         raise UserError(f"--classifier {classifier} takes --num-classes; without both it has as many as the source")
     chosen = {key: read_value(value) for key, value in key_values(options, "--option", "stem=bit").items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anybatch.cli.common import AsJson, Data, DataRoot, Debug, UserError, app, err, named_model, out_console, print_json
+from anybatch.cli.common import (
+    AsJson,
+    Data,
+    DataRoot,
+    Debug,
+    Size,
+    UserError,
+    app,
+    err,
+    named_model,
+    out_console,
+    print_json,
+    sized,
+)
 from anybatch.suggest import listed_in, unknown
 
 if TYPE_CHECKING:
@@ -52,9 +66,7 @@ def diagnose(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", min=2, help="Samples to probe with: the batch that norms see.")
     ] = 8,
-    size: Annotated[
-        str | None, typer.Option(help="Of the images: 224 or 3x224x224; the network's own by default.")
-    ] = None,
+    size: Size = None,
     data: Data = None,
     data_root: DataRoot = None,
     scheme: Annotated[str | None, typer.Option(help="How a network of the list normalizes.")] = None,
@@ -72,18 +84,25 @@ def diagnose(
     """
     import torch
 
+    from anybatch.files import check_writable
     from anybatch.report import diagnosis
 
     names = _asked(every, probe)
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    folder = out or Path("runs") / f"diagnose-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in model)}"
+    check_writable(folder / "report.html")
     torch.manual_seed(seed)
     found = named_model(model, scheme=scheme, weights=weights, num_classes=num_classes)
-    shape = _shape(size, found)
+    shape = sized(found, size)
     x, labels, what = _inputs(found, shape, batch_size, data, data_root, seed)
     untrained = _untrained(found, seed) if "signal_propagation" in names else None
     entries = [_entry(name, found, x, labels, untrained, i, len(names)) for i, name in enumerate(names, 1)]
-    folder = out or Path("runs") / f"diagnose-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in model)}"
+    if data is None:
+        entries = [
+            entry if entry.result is None else replace(entry, result=diagnosis.on_noise(entry.result))
+            for entry in entries
+        ]
     facts = {
         "model": f"{found.name}{f' with {found.scheme}' if found.scheme else ''}",
         "parameters": f"{sum(p.numel() for p in found.model.parameters()):,}",
@@ -119,24 +138,6 @@ def _asked(every: bool, probe: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _shape(size: str | None, found: Named) -> tuple[int, ...]:
-    """(C, H, W), or what else the network takes."""
-    known = found.input_size
-    if size is None:
-        if known is None:
-            raise UserError(f"nothing is known of what {found.name} takes; give --size, as in --size 3x224x224")
-        return known
-    try:
-        sides = tuple(int(part) for part in size.lower().split("x"))
-    except ValueError:
-        sides = ()
-    if not sides or min(sides) < 1 or len(sides) > 4:
-        raise UserError(f"--size takes 224, 224x320 or 3x224x224, got {size!r}")
-    if len(sides) == 1:
-        sides = sides * 2
-    return sides if len(sides) > 2 else (*(known[:-2] if known else (3,)), *sides)
-
-
 def _inputs(
     found: Named, shape: tuple[int, ...], n: int, data: str | None, root: str | None, seed: int
 ) -> tuple[Tensor, Tensor | None, str]:
@@ -153,16 +154,19 @@ def _inputs(
     name, root = datasets.parse_data(data, root)
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(f"--data gives square images, and {found.name} is to take {' x '.join(map(str, shape))}")
-    fraction = 0.2 if name in ("digits", "imagefolder", "arrays") else None
+    section = recipe.Data(name=name, root=root, size=shape[1], seed=seed)
+    statistics = None
+    if found.trained and found.mean is not None and found.std is not None:
+        statistics = found.mean, found.std
     with err.status(f"reading {name}"):
-        split = datasets.load(recipe.Data(name=name, root=root, size=shape[1], val_fraction=fraction, batch_size=1))
-    if split.in_chans != shape[0]:
-        raise UserError(f"images of {name} have {split.in_chans} channels, and {found.name} takes {shape[0]}")
-    if len(split.val) < n:
-        raise UserError(f"--batch-size {n} is more than the {len(split.val)} images of {name} for evaluation")
-    places = torch.randperm(len(split.val), generator=torch.Generator().manual_seed(seed))[:n]
-    x, labels = split.val.__getitems__(places.tolist())
-    fits = found.task == "classification" and len(found.classes) >= len(split.classes)
+        images, classes = datasets.sample(section, n, statistics=statistics, evaluation=True)
+    chans = images.images.shape[1]
+    if chans != shape[0]:
+        raise UserError(f"images of {name} have {chans} channels, and {found.name} takes {shape[0]}")
+    if len(images) < n:
+        raise UserError(f"--batch-size {n} is more than the {len(images)} images of {name} for evaluation")
+    x, labels = images.__getitems__(range(n))
+    fits = found.task == "classification" and len(found.classes) >= len(classes)
     told = f"{n} images of {name}, {shape[1]} x {shape[2]} pixels"
     return x, labels if fits else None, told
 

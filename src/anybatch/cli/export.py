@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.common import AsJson, Debug, UserError, app, err, named_model, out_console, print_json
+from anybatch.cli.common import (
+    AsJson,
+    Debug,
+    Size,
+    UserError,
+    app,
+    err,
+    named_model,
+    out_console,
+    print_json,
+    sized,
+)
 
 
 @app.command()
@@ -23,9 +34,7 @@ def export(
     scheme: Annotated[str | None, typer.Option(help="How a network of the list normalizes.")] = None,
     weights: Annotated[Path | None, typer.Option(help="A file of weights for a network that is named.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=0, help="Of a network that is named.")] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Of the images: 224, 224x320 or 3x224x224; the network's own by default.")
-    ] = None,
+    size: Size = None,
     dynamic_size: Annotated[
         bool, typer.Option("--dynamic-size", help="Leave height and width free too, where the network allows it.")
     ] = False,
@@ -50,13 +59,14 @@ def export(
 
     from anybatch import export as exporting
 
-    sides = _sides(size)
     found = named_model(model, scheme=scheme, weights=weights, num_classes=num_classes)
     floating = [t.dtype for t in found.model.state_dict().values() if t.is_floating_point()]
     narrow = sorted({str(dtype).removeprefix("torch.") for dtype in floating if dtype.itemsize < 4})
     found.model.float()
     try:
-        done = exporting.export(found, out, size=sides, dynamic_size=dynamic_size, fold=not no_fold, check=check)
+        done = exporting.export(
+            found, out, size=sized(found, size), dynamic_size=dynamic_size, fold=not no_fold, check=check
+        )
     except ImportError as error:
         raise UserError(str(error)) from None
     except exporting.CheckError as error:
@@ -85,15 +95,3 @@ def export(
     ]
     for note in filter(None, notes):
         out_console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def _sides(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        sides = [int(part) for part in text.lower().split("x")]
-    except ValueError:
-        sides = []
-    if not 1 <= len(sides) <= 4 or min(sides) < 1:
-        raise UserError(f"--size takes 224, 224x320 or 3x224x224, got {text!r}")
-    return sides * 2 if len(sides) == 1 else sides

@@ -266,7 +266,13 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder that anybatch train wrote.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder that anybatch train or save_pretrained wrote, or a file of anybatch convert; --data names the "
+            "images where no run tells them."
+        ),
+    ],
     data: Data = None,
     data_root: DataRoot = None,
     skip_bad: SkipBad = False,
@@ -275,27 +281,33 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Error and loss of a trained model on its own evaluation images, or on those of other data."""
-    from anybatch import checkpoint
     from anybatch import data as datasets
+    from anybatch.models.named import stored
     from anybatch.recipe import Recipe
     from anybatch.step import evaluate as measure
 
-    model, facts = checkpoint.load_model(run)
-    own = Recipe.parse(facts.recipe)
-    if data is not None:  # portions of the run's own data say nothing of other data
+    found = stored(run)
+    if found.task != "classification" or found.input_size is None:
+        raise UserError(f"{run} holds a network that tells no images apart")
+    if found.recipe is None and data is None:
+        raise UserError(f"{run} does not say on what data it was trained; name some by --data")
+    own = None if found.recipe is None else Recipe.parse(found.recipe)
+    if own is not None and data is not None:  # portions of the run's own data say nothing of other data
         own = own.replace({"data.train_size": None, "data.val_size": None, "data.val_fraction": None})
+    chans, size = found.input_size[0], found.input_size[-1]
     recipe = recipe_from(
         own,
         data,
         data_root,
         sets,
-        **{"data.skip_bad": skip_bad or None, "data.size": facts.size, "data.batch_size": 1},
+        **{"data.skip_bad": skip_bad or None, "data.size": size, "data.batch_size": 1},
     )
-    split = datasets.load(recipe.data, statistics=(facts.mean, facts.std))
-    if list(split.classes) != facts.classes:
-        raise UserError(
-            f"{run} knows the classes {', '.join(facts.classes[:10])}; the data has {', '.join(split.classes[:10])}"
-        )
+    statistics = found.mean or (0.0,) * chans, found.std or (1.0,) * chans  # of images that come normalized
+    split = datasets.load(recipe.data, statistics=statistics)
+    known, given = list(found.classes), list(split.classes)
+    if known != given and not (own is None and len(known) == len(given)):  # which are numbers where no run tells
+        raise UserError(f"{run} knows the classes {', '.join(known[:10])}; the data has {', '.join(given[:10])}")
+    model = found.model
     error, loss = measure(model, split.val, batch_size=recipe.data.eval_batch_size)
     if as_json:
         print_json({"error": error, "loss": loss, "images": len(split.val), "data": split.name})

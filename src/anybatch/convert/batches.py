@@ -72,6 +72,19 @@ def together(batches: list[Batch]) -> list[Batch]:
     return [part for group in by_shape.values() for part in torch.cat(group).split(TOGETHER)]
 
 
+@torch.no_grad()
+def check_takes(model: nn.Module, batch: Batch) -> None:
+    """Raise a `ValueError` with what a network says where it does not take such images."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model is on the meta device, without values to calibrate")
+    try:
+        model(batch)
+    except Exception as error:  # of the network's own code
+        shape = tuple(batch[0].shape)
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"the model fails on an image of shape {shape}: {type(error).__name__}: {said}") from error
+
+
 def outputs(given: Any) -> list[Tensor]:
     """Every floating-point tensor in what a network returned."""
     if isinstance(given, Tensor):

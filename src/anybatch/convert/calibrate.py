@@ -169,6 +169,8 @@ def fit_norms(
     names = {id(what.old): name for name, what in fitted.items()}
     calls = call_order(old, [what.old for what in fitted.values()], batches[0])
     left: dict[str, float] = {}
+    if tell is not None:
+        tell(0, len(calls))
     for done, (key, times) in enumerate(calls.items(), 1):
         name = names[key]
         what, pairs = fitted[name], _Pairs(old, new, name, fitted[name], times, batches)
@@ -304,14 +306,16 @@ def _plain(layer: Any, x: Tensor, groups: int) -> Tensor:
 
 
 @torch.no_grad()
-def drift(old: nn.Module, new: nn.Module, batches: list[Batch]) -> float | None:
+def drift(old: nn.Module, new: nn.Module, batches: list[Batch], *, tell: Tell | None = None) -> float | None:
     """Norm of the change of the output over the norm of the output; None where outputs differ in their shapes."""
     change = size = 0.0
-    for batch in batches:
+    for done, batch in enumerate(batches, 1):
         before, after = outputs(old(batch)), outputs(new(batch))
         if [t.shape for t in before] != [t.shape for t in after]:
             return None  # as detectors, which find other boxes
         for t, y in zip(before, after, strict=True):
             change += (wide(y) - wide(t)).square().sum().item()
             size += wide(t).square().sum().item()
+        if tell is not None:
+            tell(done, len(batches))
     return (change / size) ** 0.5 if size else None

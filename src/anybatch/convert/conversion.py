@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from anybatch.convert.batches import Batch, evaluating, taken, together
+from anybatch.convert.batches import Batch, check_takes, evaluating, taken, together
 from anybatch.convert.calibrate import drift, fit_norms, measure_branches
 from anybatch.convert.distill import match_outputs
+from anybatch.convert.fold import copied, ready
 from anybatch.convert.heads import fit_heads
 from anybatch.convert.offsets import OFFSET
 from anybatch.convert.out_of_place import make_out_of_place, overwrites
@@ -24,7 +23,6 @@ from anybatch.convert.private import check_private, make_private
 from anybatch.convert.report import ConversionReport, advice
 from anybatch.convert.target import Target
 from anybatch.methods.group_norm import Groups
-from anybatch.methods.parameters import bare
 from anybatch.scheme import Scheme, check_number
 
 Tell = Callable[[str, int, int], object]
@@ -130,17 +128,18 @@ def convert_batchnorm(
             sample is like as a whole, which BatchNorm kept. The larger, the more is kept, and the less is normalized;
             0 for none.
         return_report: Whether to tell what was done too.
-        tell: Called with the phase, what is done and what there is to do.
+        tell: Called with the phase, ``"calibrate"``, ``"distill"`` or ``"compare"``, what is done and what there is to
+            do.
 
     Returns:
         The converted network, in the mode of the old one; with ``return_report`` that and a `ConversionReport`. A
         conversion that fails has changed nothing.
 
     Raises:
-        ValueError: If the model has no BatchNorm or a lazy one, or for ``"nf"`` no residual sum, the scheme cannot be
-            a target, a name to exclude is no module's, calibration has no images or meets values that are not finite,
-            ``distill`` has nothing to match since the function stays the same, or ``dp`` leaves a layer that depends on
-            other samples.
+        ValueError: If the model has no BatchNorm or a lazy one, or for ``"nf"`` no residual sum, or cannot be copied; the
+            scheme cannot be a target, a name to exclude is no module's, calibration has no images or meets values that
+            are not finite, ``distill`` has nothing to match since the function stays the same, or ``dp`` leaves a layer
+            that depends on other samples.
         ImportError: If ``dp`` is asked for and Opacus is not installed.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -159,18 +158,16 @@ def convert_batchnorm(
     if dp and importlib.util.find_spec("opacus") is None:
         raise ImportError("dp=True needs Opacus: pip install 'anybatch[dp]'")
     check_number("offset", offset)
-    old = bare(model)
-    if lazy := [name for name, tensor in (*old.named_parameters(), *old.named_buffers()) if is_lazy(tensor)]:
-        raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
+    old = ready(model)
     before = held(old)
-    new = copy.deepcopy(old)
+    new = copied(old)
     places = held(new)
     names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     plan = Planner(new, places, target, names, feeders=bool(offset) and calibrate is not None).made()
     if not plan.replaced:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left.items())[:3])
         raise ValueError(f"no BatchNorm of the model becomes {target.scheme}: {why or 'it has none'}")
-    if distill and plan.exact:
+    if distill and (plan.exact or not plan.fitted):
         raise ValueError(f"distill has nothing to match: {target.scheme} computes what the old network does")
     originals = {id(place.module): was.module for place, was in zip(places, before, strict=True)}
     originals[id(new)] = old
@@ -218,6 +215,7 @@ def _learned(
 
     larger = together(batches)
     with evaluating(old, new):
+        check_takes(old, larger[0][:1])
         left = fit_norms(old, new, plan.fitted, larger, choose=target.chooses, offset=offset, tell=phase("calibrate"))
         measure_branches(new, plan, larger)
         norms = [what.old for what in plan.fitted.values()]
@@ -225,7 +223,7 @@ def _learned(
         if distill:
             match_outputs(old, new, plan.fitted, batches, distill, tell=phase("distill"))
             fit_heads(old, new, norms, larger)
-        return Learned(left, tuple(heads), drift(old, new, larger))
+        return Learned(left, tuple(heads), drift(old, new, larger, tell=phase("compare")))
 
 
 def _report(old: nn.Module, new: nn.Module, plan: Plan, target: Target, learned: Learned | None) -> ConversionReport:

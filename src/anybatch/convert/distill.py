@@ -104,7 +104,9 @@ def _loss(old: nn.Module, new: nn.Module, batch: Batch, record: _Record) -> Tens
         wanted = outputs(old(batch))
     with torch.enable_grad():
         given = outputs(new(batch))
-        if not given or [y.shape for y in given] != [t.shape for t in wanted]:
+        if not given:
+            raise ValueError("distill compares outputs, and the model gives no tensors of floating point")
+        if [y.shape for y in given] != [t.shape for t in wanted]:
             raise ValueError("distill compares outputs, and the networks' differ in their shapes, as detectors' do")
         inner = [
             _error(y, t) for name, ys in record.given.items() for y, t in zip(ys, record.wanted[name], strict=True)

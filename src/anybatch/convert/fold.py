@@ -87,13 +87,9 @@ def fold(
       (2): ReLU()
     )
     """
-    model = bare(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("the model is compiled to TorchScript; give the module that it was made from")
+    model = ready(model)
     if model.training:
         raise ValueError("the model is in training mode, where BatchNorm takes statistics of the batch; call eval()")
-    if lazy := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]:
-        raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
     model = model if inplace else copied(model)
     report = FoldReport()
     graphs = Graphs(model)
@@ -127,6 +123,16 @@ def fold(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return (model, report) if return_report else model
+
+
+def ready(model: nn.Module) -> nn.Module:
+    """The network itself, out of wrappers; a `ValueError` where its layers cannot be seen or have no shapes yet."""
+    model = bare(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("the model is compiled to TorchScript; give the module that it was made from")
+    if lazy := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]:
+        raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
+    return model
 
 
 def copied(model: nn.Module) -> nn.Module:

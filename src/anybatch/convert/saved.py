@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anybatch.models.named import Named
 
 _KEY = "converted"  # of the file's metadata
+_KEYS = {"model", "how", "exclude", "dp", "to", "groups", "biases"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,15 @@ def _facts(path: Path) -> dict[str, Any] | None:
             text = (file.metadata() or {}).get(_KEY)
     except SafetensorError:
         return None
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    try:
+        facts = json.loads(text)
+        if not isinstance(facts, dict) or _KEYS - facts.keys():
+            raise ValueError("of another form")
+    except ValueError:
+        raise ValueError(f"{path} says that it holds a converted network, and not what it was made from") from None
+    return facts
 
 
 def is_converted(path: Path) -> bool:
@@ -57,7 +66,7 @@ def is_converted(path: Path) -> bool:
 
 
 def load_converted(path: Path) -> Named:
-    """The network in a file of `save_converted`, in evaluation.
+    """The network in a file of `save_converted`, in evaluation. If it was made from a FILE.py, that is run.
 
     Raises:
         ValueError: If what it was made from cannot be built any more, or is another network by now.
@@ -73,15 +82,15 @@ def load_converted(path: Path) -> Named:
         found = model_named(facts["model"], **facts["how"])
     except ValueError as error:
         raise ValueError(f"{path} was made from {facts['model']}, which cannot be built: {error}") from None
-    model = convert_batchnorm(
-        found.model, facts["to"], exclude=facts["exclude"], groups=facts["groups"] or "auto", dp=facts["dp"]
-    )
-    for conv in map(model.get_submodule, facts["biases"]):
-        if getattr(conv, "bias", None) is None:
-            conv.bias = nn.Parameter(conv.get_parameter("weight").new_zeros(len(conv.get_parameter("weight"))))
     try:
+        model = convert_batchnorm(
+            found.model, facts["to"], exclude=facts["exclude"], groups=facts["groups"] or "auto", dp=facts["dp"]
+        )
+        for conv in map(model.get_submodule, facts["biases"]):
+            if getattr(conv, "bias", None) is None:
+                conv.bias = nn.Parameter(conv.get_parameter("weight").new_zeros(len(conv.get_parameter("weight"))))
         model.load_state_dict(load_file(path))
-    except RuntimeError as error:
+    except (ValueError, AttributeError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} was made from {facts['model']}, which is another network by now: {said}") from None
     return replace(found, model=model.eval(), name=str(path), scheme=facts["to"], architecture="", trained=True)

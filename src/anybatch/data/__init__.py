@@ -46,6 +46,7 @@ __all__ = [
     "load_image",
     "open_image",
     "parse_data",
+    "sample",
 ]
 
 MEMORY = 2**30
@@ -112,6 +113,31 @@ def load(config: Data, *, statistics: Statistics | None = None, progress: Progre
     return split
 
 
+def sample(
+    config: Data, count: int, *, statistics: Statistics | None = None, evaluation: bool = False
+) -> tuple[Images, tuple[str, ...]]:
+    """A few images without augmentation, and the classes: ``count``, balanced, or as many as there are.
+
+    No others are brought to ``config.size`` or decoded, and portions that the config asks for do not matter.
+
+    Args:
+        config: Name, root and size.
+        count: How many.
+        statistics: As of `load`.
+        evaluation: Take images for evaluation, where a data set sets some aside itself; its training images otherwise.
+
+    Raises:
+        ValueError: If the data set is unknown, absent or unreadable, or its images are of another kind than statistics.
+    """
+    if config.name not in DATASETS:
+        raise unknown("data set", config.name, DATASETS)
+    raw = DATASETS[config.name](config.model_copy(update={"val_fraction": 0.5}), None)  # which is not applied
+    part = raw.val if evaluation and raw.val is not None else raw.train
+    part = _square(subset(part, min(count, len(part.labels)), config.seed, "images", "count"), config.size)
+    mean, std = _scale(raw.train.images if statistics is None else part.images, config, statistics)
+    return Images(part.images, part.labels, size=part.images.shape[2], mean=mean, std=std), raw.classes
+
+
 def _load(config: Data, statistics: Statistics | None, progress: Progress | None) -> Split:
     raw = DATASETS[config.name](config, progress)
     if len(raw.classes) < 2:
@@ -128,24 +154,7 @@ def _load(config: Data, statistics: Statistics | None, progress: Progress | None
             f"the {len(train.labels)} training images leave out class {raw.classes[lacking[0]]}"
             f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}; use more images"
         )
-    own = channel_statistics(train.images)
-    mean, std = map(tuple, statistics or own)
-    if config.normalize is not None:
-        if train.images.dtype != torch.uint8:
-            raise ValueError(
-                f"data.normalize={config.normalize} is for images of whole numbers 0..255; those of {config.name} come "
-                "normalized"
-            )
-        centre = {"unit": 0.0, "symmetric": 0.5}[config.normalize]
-        mean, std = (centre,) * len(own[0]), (centre or 1.0,) * len(own[0])
-    elif any(mean) != any(own[0]):  # 0 and 1 stand for images that come normalized, which whole numbers never do
-        raise ValueError(
-            f"{config.name} holds images {'of whole numbers 0..255' if any(own[0]) else 'that come normalized'}, "
-            f"the model was trained on the other kind"
-        )
-    if len(mean) != train.images.shape[1] or len(std) != len(mean):
-        c = train.images.shape[1]
-        raise ValueError(f"the images have {c} channel{'s' * (c > 1)}, the model was trained on {len(mean)}")
+    mean, std = map(tuple, _scale(train.images, config, statistics))
     return Split(
         name=config.name,
         train=Images(
@@ -167,6 +176,29 @@ def _load(config: Data, statistics: Statistics | None, progress: Progress | None
         std=std,
         note=" ".join(raw.notes + notes),
     )
+
+
+def _scale(images: Tensor | Files, config: Data, statistics: Statistics | None) -> Statistics:
+    """Mean and standard deviation of each channel that images are normalized with: those given, or the images' own."""
+    mean, std = map(tuple, statistics or channel_statistics(images))
+    whole = images.dtype == torch.uint8
+    if config.normalize is not None:
+        if not whole:
+            raise ValueError(
+                f"data.normalize={config.normalize} is for images of whole numbers 0..255; those of {config.name} come "
+                "normalized"
+            )
+        centre = {"unit": 0.0, "symmetric": 0.5}[config.normalize]
+        mean, std = (centre,) * images.shape[1], (centre or 1.0,) * images.shape[1]
+    elif statistics is not None and any(mean) != whole:  # 0 and 1 stand for images that come normalized
+        raise ValueError(
+            f"{config.name} holds images {'of whole numbers 0..255' if whole else 'that come normalized'}, "
+            f"the model was trained on the other kind"
+        )
+    if len(mean) != images.shape[1] or len(std) != len(mean):
+        c = images.shape[1]
+        raise ValueError(f"the images have {c} channel{'s' * (c > 1)}, the model was trained on {len(mean)}")
+    return mean, std
 
 
 def _portions(raw: Raw, config: Data) -> tuple[Part, Part]:

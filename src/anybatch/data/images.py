@@ -282,7 +282,9 @@ def fit(x: Tensor, size: int) -> Tensor:
         return x
     from torchvision.transforms.v2 import functional
 
-    parts = [functional.resize(part, [size], antialias=True) for part in x.split(1024)]  # bounds float copies
+    # Parts bound float copies. torch fails to bring whole numbers that lie one channel behind the other to one pixel.
+    dense = {"memory_format": torch.channels_last if size == 1 else torch.contiguous_format}
+    parts = [functional.resize(part.contiguous(**dense), [size], antialias=True) for part in x.split(1024)]
     return functional.center_crop(torch.cat(parts), [size, size]).contiguous()
 
 

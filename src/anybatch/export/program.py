@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from anybatch import convert
 from anybatch.convert.fold import copied
 from anybatch.export.card import KEY, Card
 from anybatch.export.runtime import EXTRA, Run, onnx_runner, relative_error, tensors
-from anybatch.files import write_file
+from anybatch.files import check_writable, write_file
 from anybatch.methods.parameters import bare
 from anybatch.models.named import Facts, Named, described
 
@@ -93,6 +95,7 @@ def export(
         content = _onnx(program, card, len(wanted)) if target.suffix == ".onnx" else _pt2(program, card)
         del program
         error = _checked(content, target, original, x, card) if check else None
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, content)
     return Exported(target, card, fixed, report, error)
 
@@ -107,15 +110,7 @@ def _checked_path(path: str | Path) -> Path:
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    if target.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.with_name(f".{target.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:  # now, and not after minutes
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    check_writable(target)  # now, and not after minutes
     return target
 
 
@@ -171,7 +166,8 @@ def _outputs(model: nn.Module, name: str, x: Tensor) -> list[Tensor]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # of colours
+    return " ".join(plain.split())[:300] or type(error).__name__
 
 
 def _program(model: nn.Module, name: str, x: Tensor, dynamic_size: bool) -> tuple[Any, str]:
@@ -202,7 +198,12 @@ def _other_size(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _exported(model: nn.Module, x: Tensor, free: dict[int, Any]) -> Any:
-    return torch.export.export(model, (x,), dynamic_shapes=(free,))
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what torch logs of a failure is in its error too
+    try:
+        return torch.export.export(model, (x,), dynamic_shapes=(free,))
+    finally:
+        logging.disable(before)
 
 
 def _onnx(program: Any, card: Card, outputs: int) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from anybatch.models import hub
 from anybatch.models.network import Network
@@ -301,6 +302,11 @@ def _of_file(text: str) -> Named:
         model = made()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} returned a {type(model).__name__}, and must return a torch.nn.Module")
+    held = [*model.parameters(), *model.buffers()]
+    if any(map(is_lazy, held)):
+        raise ValueError(f"{text} returned a module whose layers have no shape yet; call it once in {function}")
+    if any(tensor.is_meta for tensor in held):
+        raise ValueError(f"{text} returned a module on the meta device, without values")
     return described(model, text)
 
 
@@ -320,7 +326,7 @@ def _told(what: str, path: Path) -> Iterator[None]:
     """Whatever a user's file raises becomes one line with the place in that file."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.resolve())
         ]

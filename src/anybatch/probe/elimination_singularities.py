@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.probe.layers import CONVS, has_channel_affine, layers
-from anybatch.probe.result import Cell, Finding, Result, Table, many
+from anybatch.probe.result import Cell, Finding, Result, Table, few, many
 from anybatch.probe.subject import probing, seeing, still
 
 DEAD, LINEAR = 0.01, 0.99
@@ -162,6 +163,10 @@ def _layer(
 
 def _findings(found: list[Layer]) -> list[Finding]:
     told = []
+    broken = [x.name for x in found if not math.isfinite(x.spread + x.distance)]
+    if broken:
+        fix = "start from weights and inputs that are finite."
+        return [Finding("fault", f"{few(broken)} give values that are not finite.", fix)]
     dead = [x for x in found if x.dead >= MANY]
     worst = max(found, key=lambda x: x.dead)
     if dead:

@@ -51,6 +51,11 @@ class Result:
         """Numbers, lists and texts alone, as JSON takes them: None in place of what is not finite."""
         return _plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are."""
+        return _finite([getattr(self, f.name) for f in dataclasses.fields(self)])
+
     def __str__(self) -> str:
         table = self.table()
         cells = [table.head, *([shown(cell) for cell in row] for row in table.rows)]
@@ -89,12 +94,24 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
-def many(count: int, what: str) -> str:
+def many(count: int, what: str, several: str = "") -> str:
     """
-    >>> many(1, "layer"), many(3, "layer")
-    ('1 layer', '3 layers')
+    >>> many(1, "layer"), many(3, "layer"), many(2, "branch", "branches")
+    ('1 layer', '3 layers', '2 branches')
     """
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return f"{count} {what if count == 1 else several or f'{what}s'}"
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_finite(getattr(value, f.name)) for f in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _plain(value: Any) -> Any:

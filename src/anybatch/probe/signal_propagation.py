@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anybatch.methods.kn_conv import _KNConv
 from anybatch.methods.normalizer_free import NormalizerFreeJoin
 from anybatch.methods.residual import Join
-from anybatch.probe.layers import FILTERS, scope_of
+from anybatch.probe.layers import CONVS, FILTERS, scope_of
 from anybatch.probe.result import Finding, Result, Table, few, many
 from anybatch.probe.subject import Loss, Mode, Subject, loss_of, probing, seeing, still
 from anybatch.scheme import check_number
@@ -43,6 +43,8 @@ class Block:
     """Average channel variance, biased."""
     residual_variance: float | None
     """Of what the residual branch gives, before stochastic depth and any factor; None where there is no branch."""
+    gain: float | None
+    """The learnable number of the branch; None where it has none."""
     expected: float | None
     """The variance by the bookkeeping of a normalizer-free scheme, whose branches' gains are 1; None for others."""
     expected_at_gain: float | None
@@ -135,7 +137,10 @@ def _named(model: nn.Module, asked: Sequence[str] | None) -> list[str]:
         return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     blocks = [name for name in names if _is_block(model.get_submodule(name))]
     inner = [n for n in blocks if not any(other.startswith(f"{n}.") for other in blocks)]
-    return inner or [name for name in names if isinstance(model.get_submodule(name), FILTERS)]
+    found = inner or [name for name in names if isinstance(model.get_submodule(name), FILTERS)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no blocks, convolutions or linear layers to measure behind")
+    return found
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -191,11 +196,11 @@ def _measured(subject: Subject, names: list[str], loss: Loss | None) -> list[Blo
 
     def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not (first or kept) and name in branches and args and isinstance(args[0], Tensor) and args[0].requires_grad:
-            first.append((args[0], *_moments(args[0])))
+            first.append((args[0], *_moments(args[0], module)))
 
     def leave(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1 and output.requires_grad:
-            kept[name] = (output, *_moments(output))
+            kept[name] = (output, *_moments(output, module))
 
     def inside(name: str, *call: Any) -> None:
         owner = next(owner for owner in branches if name.startswith(f"{owner}."))
@@ -220,12 +225,14 @@ def _measured(subject: Subject, names: list[str], loss: Loss | None) -> list[Blo
             expected, at_gain = _expected(branch.join, 1.0 if at_gain is None else at_gain)
         given = None if branch is None else branch.given
         same = given is not None and given.shape == tensor.shape
+        residual = _moments(given, branch.block)[1] if same and given is not None and branch is not None else None
         found.append(
             Block(
                 name=name,
                 squared_mean=squared_mean,
                 variance=variance,
-                residual_variance=_moments(given)[1] if same and given is not None else None,
+                residual_variance=residual,
+                gain=None if branch is None else _gain(branch.join),
                 expected=expected,
                 expected_at_gain=at_gain,
                 gradient=back[name],
@@ -249,12 +256,27 @@ def _expected(join: NormalizerFreeJoin, at_gain: float) -> tuple[float | None, f
 
 
 @torch.no_grad()
-def _moments(t: Tensor) -> tuple[float, float]:
-    """Average channel squared mean and variance, in float64, of (N, C, *)."""
-    wide = t.detach().double()
-    dims = tuple(d for d in range(wide.dim()) if d != 1)
+def _moments(t: Tensor, module: nn.Module) -> tuple[float, float]:
+    """Average channel squared mean and variance, in float64, of what a module gives or takes."""
+    wide, channels = t.detach().double(), _channels(t, module)
+    dims = tuple(d for d in range(wide.dim()) if d != channels)
     var, mean = torch.var_mean(wide, dims, correction=0)
     return float(mean.square().mean()), float(var.mean())
+
+
+def _channels(t: Tensor, module: nn.Module) -> int:
+    """The dimension of channels: 1, or the last of tokens (N, L, C) and maps (N, H, W, C), as layers inside tell."""
+    inner = list(module.modules())
+    if t.dim() < 3 or any(isinstance(m, CONVS) and t.shape[1] in (m.in_channels, m.out_channels) for m in inner):
+        return 1
+    widths = {m.out_features for m in inner if isinstance(m, nn.Linear)}
+    widths |= {m.normalized_shape[-1] for m in inner if isinstance(m, (nn.LayerNorm, nn.RMSNorm))}
+    return t.dim() - 1 if t.shape[-1] in widths else 1
+
+
+def _gain(join: Join | None) -> float | None:
+    own = getattr(join, "gain", None)
+    return own.item() if isinstance(own, Tensor) else None
 
 
 def _norm(grads: Sequence[Tensor | None]) -> float:
@@ -329,12 +351,20 @@ def _findings(found: list[Block]) -> list[Finding]:
         )
     elif known:
         told.append(Finding("good", "The variance is what the bookkeeping expects, block by block."))
-    still_branches = [
-        b
-        for b in found
-        if b.expected_at_gain is not None and b.expected is not None and abs(b.expected - b.expected_at_gain) > 0.02
-    ]
+    gains = [b for b in found if b.gain is not None]
+    still_branches = [b for b in gains if b.gain == 0]
+    moved = [b for b, v in known if b.expected is not None and abs(b.expected - v) > 0.02]
     if still_branches:
+        told.append(
+            Finding(
+                "note",
+                f"{len(still_branches)} of {many(len(gains), 'branch', 'branches')} have gain 0, as SkipInit starts "
+                f"them: their blocks pass on what they take, filters in them have no gradient until the gain moves, "
+                f"and the variance stays that of the shortcut.",
+                "signal_propagation(gain=1) measures what the network is built for.",
+            )
+        )
+    elif moved:
         told.append(
             Finding(
                 "note", "Branches' gains are not 1, so that the variance is not the nominal one; gain=1 measures at 1."

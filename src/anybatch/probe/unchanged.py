@@ -31,13 +31,16 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         model: Any model but a scripted one, as large as fits into memory twice.
 
     Raises:
-        ValueError: If the model is scripted, or has parameters that no batch has shaped yet.
+        ValueError: If the model is scripted, made in inference mode, or has parameters that no batch has shaped yet.
     """
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise ValueError("a scripted model shows none of its layers; give the model that torch.jit.script was given")
-    lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+    held = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, t in held if is_lazy(t)]
     if lazy:
         raise ValueError(f"{listed(lazy)} have no shape yet; run the model on one batch first")
+    if any(t.is_inference() for _, t in held):
+        raise ValueError("the model was made in torch.inference_mode, and may not be changed back; make it outside")
     restorers = [_attributes(model), _values(model), _random_state()]
     try:
         for p in model.parameters():
@@ -87,13 +90,16 @@ def _random_state() -> Callable[[], None]:
     numpy: Any = sys.modules.get("numpy")
     drawn = None if numpy is None else numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    seed = torch.initial_seed()  # from which CUDA starts, whenever it does
 
     def restore() -> None:
         random.setstate(python)
         torch.set_rng_state(cpu)
         if numpy is not None:
             numpy.random.set_state(drawn)
-        if cuda is not None:
+        if cuda is None:
+            torch.cuda.manual_seed_all(seed)
+        else:
             torch.cuda.set_rng_state_all(cuda)
 
     return restore

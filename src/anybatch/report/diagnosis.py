@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anybatch.files import write_file
+from anybatch.probe import BatchDependence
 from anybatch.probe.result import Cell, Finding, Result, shown
 from anybatch.report.page import image, rendered
 from anybatch.report.probe_figures import drawn
@@ -28,6 +29,22 @@ EXPLAINED: dict[str, str] = {
     "constant filter and along the filter itself, which Weight Standardization removes.",
 }
 """What each probe measures, by its name."""
+
+
+NOISE = Finding(
+    "note",
+    "Inputs are noise, whose pixels are independent and whose samples are alike. Images are neither: statistics of a "
+    "batch err more on them than is told here, and are steady from a larger batch only.",
+    "measure on your own images, by --data.",
+)
+"""What goes with findings about statistics of a batch where no images were given."""
+
+
+def on_noise(result: Result) -> Result:
+    """A result with `NOISE` among its findings, where it tells of statistics of a batch."""
+    if not (isinstance(result, BatchDependence) and any(x.scope == "batch" for x in result.layers)):
+        return result
+    return replace(result, findings=(*result.findings, NOISE))
 
 
 @dataclass(frozen=True)
@@ -61,14 +78,14 @@ def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], re
     """
     sections = []
     for entry in entries:
-        figure = None if entry.result is None else drawn(entry.result, entry.before)
         table = None if entry.result is None else entry.result.table()
         sections.append(
             {
                 "entry": entry,
                 "title": entry.name.replace("_", " ") if entry.result is None else entry.result.title,
                 "explained": EXPLAINED[entry.name],
-                "figure": None if figure is None else image(figure),
+                "figure": _picture(entry),
+                "finite": entry.result is None or entry.result.finite,
                 "table": table,
             }
         )
@@ -81,6 +98,16 @@ def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], re
         sections=sections,
         reproduce=reproduce,
     )
+
+
+def _picture(entry: Entry) -> str | None:
+    try:
+        figure = None if entry.result is None else drawn(entry.result, entry.before)
+        return None if figure is None else image(figure)
+    except ValueError:  # of axes that end at what is not finite
+        if entry.result is None or entry.result.finite:
+            raise
+        return None
 
 
 def write(entries: Sequence[Entry], out: Path, *, title: str, facts: Mapping[str, str], reproduce: str) -> Path:
