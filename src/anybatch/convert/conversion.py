@@ -136,10 +136,10 @@ def convert_batchnorm(
         conversion that fails has changed nothing.
 
     Raises:
-        ValueError: If the model has no BatchNorm or a lazy one, or for ``"nf"`` no residual sum, or cannot be copied; the
-            scheme cannot be a target, a name to exclude is no module's, calibration has no images or meets values that
-            are not finite, ``distill`` has nothing to match since the function stays the same, or ``dp`` leaves a layer
-            that depends on other samples.
+        ValueError: If the model has no BatchNorm or a lazy one, or for ``"nf"`` no residual sum, or cannot be copied;
+            the scheme cannot be a target, a name to exclude is no module's, calibration has no images or meets values
+            that are not finite, ``distill`` has nothing to match since the function stays the same, or ``dp`` leaves a
+            layer that depends on other samples.
         ImportError: If ``dp`` is asked for and Opacus is not installed.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
