@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import anybatch
@@ -20,6 +21,7 @@ def diagnose(call: Command) -> Command:
     return partial(call, "diagnose")
 
 
+@pytest.mark.slow
 def test_all_probes_on_one_page(diagnose: Command) -> None:
     code, out, err = diagnose("resnet8", "--all", "--scheme", "bn", "-b", 4, "--out", "d", "--seed", 1)
     assert code == 0, err
@@ -89,6 +91,33 @@ def test_half_precision_takes_float64_to_tell_rounding_apart(diagnose: Command) 
 
 
 @pytest.mark.parametrize(
+    ("scheme", "given", "told"), [("bn", [], True), ("gn:auto", [], False), ("bn", ["DATA"], False)]
+)
+def test_statistics_of_noise_are_told_to_be_of_noise(
+    scheme: str, given: list[object], told: bool, diagnose: Command
+) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    np.savez("images.npz", x=x, y=np.arange(8) % 2, x_val=x, y_val=np.arange(8) % 2)
+    words = ["--data", "images.npz"] if given else []
+    words += ["--scheme", scheme, "--size", 16, "-b", 4, "--probe", "batch_dependence", "--out", "d"]
+    code, out, err = diagnose("resnet8", *words)
+    assert code == 0, err
+    assert ("Inputs are noise" in out) == told
+    assert ("Inputs are noise" in Path("d/report.html").read_text()) == told
+
+
+def test_numbers_that_are_not_finite_still_make_a_page(diagnose: Command) -> None:
+    Path("m.py").write_text(
+        "from torch import nn\n\ndef make():\n    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+        "    model[0].weight.data.fill_(float('nan'))\n    return model\n"
+    )
+    code, out, err = diagnose("m.py:make", "--size", 16, "--all", "--out", "d", "-b", 2)
+    assert code == 0, err
+    assert "not finite" in out
+    assert "Some numbers are not finite" in Path("d/report.html").read_text()
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["resnet9"], "unknown model 'resnet9'; did you mean resnet"),
@@ -96,6 +125,7 @@ def test_half_precision_takes_float64_to_tell_rounding_apart(diagnose: Command) 
         (["resnet8", "--probe", ","], "--probe names none"),
         (["resnet8", "--all", "--probe", "smoothness"], "--all runs every probe"),
         (["resnet8", "--out", "m.py"], "--out m.py is a file; name a folder"),
+        (["resnet8", "--out", "m.py/d"], "cannot write m.py/d/report.html"),
         (["resnet8", "--size", "big"], "--size takes 224, 224x320 or 3x224x224"),
         (["resnet8", "--data-root", "."], "--data-root goes with --data"),
         (["resnet8", "--data", "nothing"], "unknown data set 'nothing'"),

@@ -10,7 +10,8 @@ import torchvision
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.probe import signal_propagation
+from anybatch.methods.normalizer_free import NormalizerFreeJoin
+from anybatch.probe import signal_propagation, smoothness
 
 # Of DeepMind's release, skip gain 1, standard normal images of 128 pixels; block by block.
 NF_RESNET50 = (1.06, 1.10, 1.14, 1.06, 1.10, 1.14, 1.18, 1.03, 1.06, 1.10, 1.13, 1.17, 1.21, 0.98, 1.01, 1.04)
@@ -40,7 +41,54 @@ def test_gains_of_zero_keep_the_variance_of_a_stage() -> None:
     assert [b.expected_at_gain for b in blocks] == [1.0] * 8
     assert [b.expected for b in blocks] == pytest.approx([1.04, 1.08] * 4)
     assert blocks[0].variance == pytest.approx(blocks[1].variance, abs=1e-6)
-    assert any("gain=1 measures at 1" in f.text for f in found.findings)
+    (note,) = [f for f in found.findings if "gain 0" in f.text]
+    assert note.level == "note"
+    assert note.text.startswith("8 of 8 branches have gain 0, as SkipInit starts them")
+    assert not any("gain 0" in f.text for f in signal_propagation(model, torch.randn(2, 3, 64, 64), gain=1).findings)
+    first = next(iter(m for m in model.modules() if isinstance(m, NormalizerFreeJoin)))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, NormalizerFreeJoin):
+                module.gain.fill_(0.5)
+        assert any(
+            "gain=1 measures at 1" in f.text for f in signal_propagation(model, torch.randn(2, 3, 64, 64)).findings
+        )
+        first.gain.zero_()
+    assert any(f.text.startswith("1 of 8 branches have") for f in smoothness(model, torch.randn(2, 3, 64, 64)).findings)
+
+
+@pytest.mark.parametrize("kind", ["linear", "block", "map"])
+def test_channels_of_tokens_are_the_last(kind: str) -> None:
+    x = torch.randn(4, 5, 5, 6) if kind == "map" else torch.randn(4, 5, 6)
+    linear = nn.Linear(6, 6)
+    model = nn.Sequential(_TokenBlock(linear) if kind == "block" else linear)
+    with torch.no_grad():
+        y = model(x).double().flatten(0, -2)
+    (block,) = [b for b in signal_propagation(model, x).blocks if b.name == "0"]
+    assert block.variance == pytest.approx(float(y.var(0, correction=0).mean()))
+    assert block.squared_mean == pytest.approx(float(y.mean(0).square().mean()))
+
+
+class _TokenBlock(nn.Module):
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.linear, self.skip = nn.LayerNorm(6), linear, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x))
+
+
+def test_channels_of_sequences_and_of_square_maps_are_the_second() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1))
+    x = torch.randn(4, 3, 8)
+    with torch.no_grad():
+        y = model[0](x).double().transpose(0, 1).flatten(1)
+    assert signal_propagation(model, x).blocks[0].variance == pytest.approx(float(y.var(1, correction=0).mean()))
+
+
+def test_a_model_without_filters_is_refused() -> None:
+    with pytest.raises(ValueError, match="Sequential holds no blocks, convolutions or linear layers"):
+        signal_propagation(nn.Sequential(nn.BatchNorm2d(3)), torch.randn(2, 3, 4, 4))
 
 
 def test_batch_norm_behind_convolutions_rises_and_resets() -> None:

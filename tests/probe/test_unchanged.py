@@ -76,6 +76,23 @@ def test_whatever_happens_inside_is_put_back() -> None:
     assert_unchanged(before, state(model))
 
 
+def test_cuda_starts_from_the_seed_it_would_have_started_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    seeds: list[int] = []
+    torch.manual_seed(17)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with probe.unchanged(nn.Linear(2, 2)):
+        torch.manual_seed(3)
+    assert seeds == [3, 17]
+
+
+def test_a_model_of_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode"):
+        probe.smoothness(model, torch.randn(2, 2))
+
+
 def test_frozen_batchnorm_stays_frozen() -> None:
     model = anybatch.create_model("resnet8", "bn", num_classes=4).train()
     freeze_batchnorm(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from anybatch.methods.kn_conv import _KNConv
 from anybatch.methods.normalizer_free import NormalizerFreeJoin
 from anybatch.methods.residual import Join
+from anybatch.probe.asleep import asleep
 from anybatch.probe.layers import CONVS, FILTERS, scope_of
 from anybatch.probe.result import Finding, Result, Table, few, many
 from anybatch.probe.subject import Loss, Mode, Subject, loss_of, probing, seeing, still
@@ -43,8 +44,6 @@ class Block:
     """Average channel variance, biased."""
     residual_variance: float | None
     """Of what the residual branch gives, before stochastic depth and any factor; None where there is no branch."""
-    gain: float | None
-    """The learnable number of the branch; None where it has none."""
     expected: float | None
     """The variance by the bookkeeping of a normalizer-free scheme, whose branches' gains are 1; None for others."""
     expected_at_gain: float | None
@@ -124,7 +123,8 @@ def signal_propagation(
             subject.set_mode(mode)
         names = _named(subject.model, blocks)
         found = _measured(subject, names, loss)
-    return SignalPropagation(blocks=tuple(found), findings=tuple(_findings(found)))
+        sleep = asleep(subject.model)
+    return SignalPropagation(blocks=tuple(found), findings=tuple(_findings(found, sleep)))
 
 
 def _named(model: nn.Module, asked: Sequence[str] | None) -> list[str]:
@@ -232,7 +232,6 @@ def _measured(subject: Subject, names: list[str], loss: Loss | None) -> list[Blo
                 squared_mean=squared_mean,
                 variance=variance,
                 residual_variance=residual,
-                gain=None if branch is None else _gain(branch.join),
                 expected=expected,
                 expected_at_gain=at_gain,
                 gradient=back[name],
@@ -274,16 +273,11 @@ def _channels(t: Tensor, module: nn.Module) -> int:
     return t.dim() - 1 if t.shape[-1] in widths else 1
 
 
-def _gain(join: Join | None) -> float | None:
-    own = getattr(join, "gain", None)
-    return own.item() if isinstance(own, Tensor) else None
-
-
 def _norm(grads: Sequence[Tensor | None]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
 
 
-def _findings(found: list[Block]) -> list[Finding]:
+def _findings(found: list[Block], sleep: list[Finding]) -> list[Finding]:
     told = []
     variances = [b.variance for b in found]
     if not all(map(math.isfinite, [*variances, *(b.gradient for b in found)])):
@@ -351,23 +345,11 @@ def _findings(found: list[Block]) -> list[Finding]:
         )
     elif known:
         told.append(Finding("good", "The variance is what the bookkeeping expects, block by block."))
-    gains = [b for b in found if b.gain is not None]
-    still_branches = [b for b in gains if b.gain == 0]
     moved = [b for b, v in known if b.expected is not None and abs(b.expected - v) > 0.02]
-    if still_branches:
-        told.append(
-            Finding(
-                "note",
-                f"{len(still_branches)} of {many(len(gains), 'branch', 'branches')} have gain 0, as SkipInit starts "
-                f"them: their blocks pass on what they take, filters in them have no gradient until the gain moves, "
-                f"and the variance stays that of the shortcut.",
-                "signal_propagation(gain=1) measures what the network is built for.",
-            )
-        )
-    elif moved:
+    if moved and not sleep:
         told.append(
             Finding(
                 "note", "Branches' gains are not 1, so that the variance is not the nominal one; gain=1 measures at 1."
             )
         )
-    return told
+    return [*told, *sleep]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anybatch.methods.filters import StandardizedFilter
 from anybatch.methods.parameters import places
+from anybatch.probe.asleep import asleep
 from anybatch.probe.layers import CONVS
 from anybatch.probe.result import Cell, Finding, Result, Table
 from anybatch.probe.subject import Loss, Subject, loss_of, probing, still
@@ -136,7 +137,7 @@ def smoothness(
         mean=mean,
         radial=radial,
         standardized=standardized,
-        findings=tuple(_findings(value, walked, mean, radial, standardized, bool(parts))),
+        findings=(*_findings(value, walked, mean, radial, standardized, bool(parts)), *asleep(model)),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from anybatch.probe.asleep import asleep
 from anybatch.probe.layers import CONVS, layers, scope_of
 from anybatch.probe.result import Cell, Finding, Result, Table, few, many
 from anybatch.probe.subject import Subject, probing, seeing, tensors_in
@@ -108,7 +109,7 @@ def tile_consistency(model: nn.Module, x: Any, *, tile: int | None = None) -> Ti
         error_map=error,
         profile=profile,
         layers=tuple(found),
-        findings=tuple(_findings(found, profile, stride, max(sides[0] - len(error) * stride, 0.0))),
+        findings=tuple(_findings(found, profile, stride, max(sides[0] - len(error) * stride, 0.0), asleep(model))),
     )
 
 
@@ -278,7 +279,9 @@ def _map_of(subject: Subject, name: str, x: Tensor) -> Tensor:
     return kept[-1] if name else next(t for t in tensors_in(output) if t.dim() >= 4 and min(t.shape[-2:]) > 1)
 
 
-def _findings(found: list[Layer], profile: tuple[float, ...], stride: float, lost: float) -> list[Finding]:
+def _findings(
+    found: list[Layer], profile: tuple[float, ...], stride: float, lost: float, sleep: list[Finding]
+) -> list[Finding]:
     """Of ``lost`` pixels fewer than the tile has there is no output, where convolutions do not pad."""
     told = []
     norms = [x for x in found if x.reach == "global" and x.norm]
@@ -312,16 +315,12 @@ def _findings(found: list[Layer], profile: tuple[float, ...], stride: float, los
     edge = f"by {profile[0]:.2g} at the edge and {middle:.2g} in the middle"
     if middle <= 1e-5:
         reach = next((i for i in range(len(profile)) if max(profile[i:]) <= 1e-5), len(profile))
-        told.append(
-            Finding(
-                "good",
-                f"The output changes only within {many(reach, 'position')} ({reach * stride:.0f} pixels) of a tile's "
-                f"edge."
-                if reach
-                else "A tile gives exactly what the whole image gives there.",
-                f"let tiles overlap by {2 * reach * stride + lost:.0f} pixels, and they agree with the whole.",
-            )
-        )
+        text = "A tile gives exactly what the whole image gives there."
+        if reach:
+            within = f"{many(reach, 'position')} ({reach * stride:.0f} pixels)"
+            text = f"The output changes only within {within} of a tile's edge."
+        fix = f"let tiles overlap by {2 * reach * stride + lost:.0f} pixels, and they agree with the whole."
+        told.append(Finding("note", text) if sleep else Finding("good", text, fix))
     elif not norms and not others:
         told.append(
             Finding(
@@ -333,4 +332,4 @@ def _findings(found: list[Layer], profile: tuple[float, ...], stride: float, los
         )
     else:
         told.append(Finding("note", f"The output changes {edge}, relative to its size."))
-    return told
+    return [*told, *sleep]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anybatch.files import write_file
 from anybatch.probe import BatchDependence
-from anybatch.probe.result import Cell, Finding, Result, shown
+from anybatch.probe.result import Cell, Finding, Result, Table, shown
 from anybatch.report.page import image, rendered
 from anybatch.report.probe_figures import drawn
 
@@ -78,7 +78,7 @@ def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], re
     """
     sections = []
     for entry in entries:
-        table = None if entry.result is None else entry.result.table()
+        table = None if entry.result is None else _filled(entry.result.table())
         sections.append(
             {
                 "entry": entry,
@@ -98,6 +98,12 @@ def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], re
         sections=sections,
         reproduce=reproduce,
     )
+
+
+def _filled(table: Table) -> Table:
+    """Without columns that hold nothing."""
+    kept = [i for i in range(len(table.head)) if any(row[i] is not None for row in table.rows)]
+    return Table(tuple(table.head[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in table.rows))
 
 
 def _picture(entry: Entry) -> str | None:

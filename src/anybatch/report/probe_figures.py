@@ -184,9 +184,11 @@ def _(result: Smoothness, before: Result | None = None) -> Figure | None:
         loss.plot(lengths, [s.loss for s in result.steps], color=BLUE, marker=MARKERS[0], ms=4)
         loss.axhline(result.loss, color="#555555", linestyle="--", linewidth=1)
         change.set_title("gradient's change")
-        change.plot(lengths, [max(s.change, _LEAST) for s in result.steps], color=BLUE, marker=MARKERS[0], ms=4)
+        changes = [max(s.change, _LEAST) for s in result.steps]
+        change.plot(lengths, changes, color=BLUE, marker=MARKERS[0], ms=4)
         change.axhline(1, color="#555555", linestyle="--", linewidth=1)
-        change.set_yscale("log")
+        if max(changes) / min(changes) > 20:
+            change.set_yscale("log")
         for ax in (loss, change):
             ax.set_xscale("log")
             ax.set_xlabel("step over the weights' norm")
