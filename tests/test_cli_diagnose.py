@@ -141,3 +141,13 @@ def test_mistakes_are_one_line(diagnose: Command, words: list[object], told: str
     assert code == 2, err
     assert told in " ".join(err.split())
     assert not Path("runs").exists()
+
+
+def test_what_several_probes_find_is_told_once(diagnose: Command) -> None:
+    words = ["--size", 32, "-b", 2, "--probe", "tile_consistency,smoothness", "--out", "d", "--num-classes", 4]
+    code, out, err = diagnose("nf_resnet26", *words)
+    assert code == 0, err
+    assert out.count("8 of 8 branches have gain 0") == 1
+    assert "(tile consistency, smoothness)" in out
+    assert Path("d/report.html").read_text().count("8 of 8 branches have gain 0") == 1
+    assert "and they agree with the whole" not in out

@@ -239,10 +239,12 @@ def _options(given: dict[str, Any]) -> list[str]:
 def _print(console: Console, entries: list[Entry], page: Path) -> None:
     from anybatch.report.diagnosis import findings
 
-    for name, finding in findings(entries):
+    for names, finding in findings(entries):
         fix = f" → [bold]{escape(finding.fix)}[/]" if finding.fix else ""
         color = COLORS[finding.level]
-        line = f"[{color}]{finding.level:8}[/]{escape(finding.text)}{fix} [dim]({name.replace('_', ' ')})[/]"
+        line = (
+            f"[{color}]{finding.level:8}[/]{escape(finding.text)}{fix} [dim]({', '.join(names).replace('_', ' ')})[/]"
+        )
         console.print(line, highlight=False, soft_wrap=True)
     for entry in entries:
         if entry.error:

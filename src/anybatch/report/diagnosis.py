@@ -61,10 +61,13 @@ class Entry:
     """Of the network before training."""
 
 
-def findings(entries: Sequence[Entry]) -> list[tuple[str, Finding]]:
-    """All findings with the name of their probe, the gravest first."""
-    every = [(e.name, finding) for e in entries if e.result is not None for finding in e.result.findings]
-    return sorted(every, key=lambda pair: LEVELS.index(pair[1].level))
+def findings(entries: Sequence[Entry]) -> list[tuple[tuple[str, ...], Finding]]:
+    """All findings, each once, with the names of their probes, the gravest first."""
+    probes: dict[Finding, list[str]] = {}
+    for entry in entries:
+        for finding in () if entry.result is None else entry.result.findings:
+            probes.setdefault(finding, []).append(entry.name)
+    return sorted(((tuple(names), f) for f, names in probes.items()), key=lambda pair: LEVELS.index(pair[1].level))
 
 
 def render(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str], reproduce: str) -> str:
