@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from torch import nn
 
 import anybatch
-from anybatch import data
+from anybatch import data, live
 from anybatch.convert import convert_batchnorm
 from anybatch.convert.kinds import is_batchnorm
 from anybatch.files import save_tensors
@@ -306,3 +310,25 @@ def test_one_line_for_each_mistake(arguments: tuple[object, ...], message: str, 
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("terminal", "soon", "shows"), [(True, 0.0, True), (True, 60.0, False), (False, 0.0, False)])
+def test_a_bar_shows_on_terminals_once_a_conversion_takes_long(
+    terminal: bool, soon: float, shows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_SOON", soon)
+    told = io.StringIO()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    with live.phases(Console(file=told, force_terminal=terminal, width=100)) as tell:
+        seen: list[tuple[str, int, int]] = []
+
+        def slowly(phase: str, done: int, of: int) -> None:
+            tell(phase, done, of)
+            seen.append((phase, done, of))
+            time.sleep(0.15 * shows)
+
+        convert_batchnorm(model, "gn", calibrate=[torch.randn(4, 3, 6, 6)] * 2, distill=2, tell=slowly)
+    steps = [("calibrate", 0, 1), ("calibrate", 1, 1), ("distill", 1, 2), ("distill", 2, 2), ("compare", 1, 1)]
+    assert seen == steps
+    assert all((word in told.getvalue()) == shows for word in ("calibrate", "distill"))
+    assert bool(told.getvalue()) == shows
