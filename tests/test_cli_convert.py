@@ -84,7 +84,10 @@ def test_a_new_classifier_for_other_classes(convert: Command) -> None:
             ["ours.safetensors", "--model", "resnet8", "--out", "o.safetensors", "--classifier", "skip"],
             "--classifier skip takes --num-classes",
         ),
-        (["ours.safetensors", "--model", "resnet8", "--out", "a.safetensors"], "a.safetensors is a folder; name a file in it"),
+        (
+            ["ours.safetensors", "--model", "resnet8", "--out", "a.safetensors"],
+            "a.safetensors is a folder; name a file in it",
+        ),
         (["text.pt", "--model", "resnet8", "--out", "o.safetensors"], "text.pt is damaged or cut off, or no .pt file"),
         (["ours.safetensors", "--model", "resnet14", "--out", "o.safetensors"], "its weights fit resnet8 with scheme"),
         (
