@@ -12,6 +12,7 @@ typedef struct {
     int64_t groups;
     const float *center, *slope, *start; /* (C,); all of them NULL where z is x */
     const float *weight, *bias;          /* (C,) */
+    float *memory;                       /* of `slope` to `bias`, which whoever made them frees */
 } Norm;
 
 #define TAKEN 4 /* rows taken together: sums in memory wait for one another */
@@ -364,7 +365,7 @@ static void backward_of_planes(const Norm *q, const float *x, const float *g, co
 }
 
 /* The numbers of channels from what a layer has: moments, or NULL for group normalization, with the scale and the shift
-   behind, each (C,); and those of `scales` groups or channels, or NULL. The first value lies in memory to be freed. */
+   behind, each (C,); and those of `scales` groups or channels, or NULL. */
 static Norm norm_of(const Map *m, int64_t groups, const float *center, const float *var, const float *batch_weight,
                     const float *batch_bias, const float *weight, const float *bias, int64_t scales, float eps) {
     int64_t c = m->c, size = c / scales;
@@ -375,7 +376,7 @@ static Norm norm_of(const Map *m, int64_t groups, const float *center, const flo
         of_weight[i] = weight ? weight[i / size] : 1;
         of_bias[i] = bias ? bias[i / size] : 0;
     }
-    return (Norm){*m, groups, center, slope, start, of_weight, of_bias};
+    return (Norm){*m, groups, center, slope, start, of_weight, of_bias, made};
 }
 
 /* `center` to `batch_bias` NULL for group normalization; `mean` and `rstd` are (N, G). */
@@ -391,7 +392,7 @@ void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, c
         for (int64_t n = 0; n < m->n; n++)
             forward_of_rows(&q, x + n * m->n_step, (float)eps, (int)relu, of_y, y + n * of_y->n_step, mean + n * groups,
                             rstd + n * groups, inner);
-        free((float *)q.slope);
+        free(q.memory);
         return;
     }
     double *all = double_room(2 * m->n * m->c);
@@ -402,7 +403,7 @@ void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, c
                           mean + n * groups, rstd + n * groups, moments_at(all, m->c, n));
     }
     free(all);
-    free((float *)q.slope);
+    free(q.memory);
 }
 
 /* Those of a group's channels, of which they are the same number, in the place of the first. */
@@ -451,7 +452,7 @@ void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const in
         of_var[i] = -0.5f * r * r * q.slope[i] * along[i];
         along[i] *= r;
     }
-    free((float *)q.slope);
+    free(q.memory);
 }
 
 /* Mean and sum of squared deviations of each channel over all samples and positions: the first 2 C of what is given. */

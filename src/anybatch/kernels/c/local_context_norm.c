@@ -103,9 +103,9 @@ static void find_middle(const Norm *q, const Part *a, float *middle) {
     }
 }
 
-/* Adds to sums, or takes away, each group's mean and mean square, of one position. */
+/* Adds to sums each group's mean and mean square, of one position, or with `sign` -1 takes them away. */
 INLINE void count_in(int64_t groups, const float *restrict x, const float *restrict middle, double *restrict one,
-                     double *restrict two, const int adds, const int64_t each) {
+                     double *restrict two, const double sign, const int64_t each) {
     for (int64_t i = 0; i < groups; i++) {
         float mean = 0, var = 0;
         for (int64_t c = 0; c < each; c++) mean += x[i * each + c] - middle[i * each + c];
@@ -114,33 +114,26 @@ INLINE void count_in(int64_t groups, const float *restrict x, const float *restr
             float off = (x[i * each + c] - middle[i * each + c]) - mean;
             var += off * off;
         }
-        double m = mean, square = (double)(var / (float)each) + m * m;
-        one[i] = adds ? one[i] + m : one[i] - m;
-        two[i] = adds ? two[i] + square : two[i] - square;
+        double m = mean;
+        one[i] += sign * m;
+        two[i] += sign * ((double)(var / (float)each) + m * m);
     }
 }
 
-static void count_row(const Norm *q, const Part *a, Room *r, int64_t row, int adds) {
+/* A row of positions comes into the sums of columns, or with `sign` -1 goes out. */
+static void count_row(const Norm *q, const Part *a, Room *r, int64_t row, double sign) {
     int64_t groups = a->groups;
     for (int64_t w = 0; w < q->width; w++) {
         const float *x = a->x + (row * q->width + w) * a->x_step;
         double *one = r->column + w * groups, *two = r->column_too + w * groups;
-        if (adds) {
-            OF_EACH(count_in, q->each, groups, x, r->middle, one, two, 1);
-        } else {
-            OF_EACH(count_in, q->each, groups, x, r->middle, one, two, 0);
-        }
+        OF_EACH(count_in, q->each, groups, x, r->middle, one, two, sign);
     }
 }
 
+/* Adds two fields to sums, or with `sign` -1 takes them away. */
 INLINE void add(int64_t count, const double *restrict v, const double *restrict v_too, double *restrict sum,
-                double *restrict sum_too) {
-    for (int64_t i = 0; i < count; i++) sum[i] += v[i], sum_too[i] += v_too[i];
-}
-
-INLINE void take(int64_t count, const double *restrict v, const double *restrict v_too, double *restrict sum,
-                 double *restrict sum_too) {
-    for (int64_t i = 0; i < count; i++) sum[i] -= v[i], sum_too[i] -= v_too[i];
+                double *restrict sum_too, const double sign) {
+    for (int64_t i = 0; i < count; i++) sum[i] += sign * v[i], sum_too[i] += sign * v_too[i];
 }
 
 INLINE void as_moments(int64_t groups, const double *restrict one, const double *restrict two, double share, float eps,
@@ -168,20 +161,20 @@ static void moments(const Norm *q, const Part *a, Room *r, int64_t i) {
         memset(r->column_too, 0, q->width * groups * sizeof(double));
         for (int64_t h = 0; h < kh - 1; h++) count_row(q, a, r, h, 1);
     } else
-        count_row(q, a, r, i - 1, 0);
+        count_row(q, a, r, i - 1, -1);
     count_row(q, a, r, i + kh - 1, 1);
     double share = 1.0 / ((double)kh * kw);
     memset(r->sum, 0, groups * sizeof(double));
     memset(r->sum_too, 0, groups * sizeof(double));
     for (int64_t w = 0; w < q->width; w++) {
-        add(groups, r->column + w * groups, r->column_too + w * groups, r->sum, r->sum_too);
+        add(groups, r->column + w * groups, r->column_too + w * groups, r->sum, r->sum_too, 1);
         int64_t j = w - kw + 1;
         if (j < 0) continue;
         float *mean = r->mean_of + j * groups, *rstd = r->rstd_of + j * groups;
         float *means = r->mean + j * a->channels, *rstds = r->rstd + j * a->channels;
         as_moments(groups, r->sum, r->sum_too, share, q->eps, mean, rstd);
         OF_EACH(spread_out, q->each, groups, mean, rstd, means, rstds);
-        if (j < columns - 1) take(groups, r->column + j * groups, r->column_too + j * groups, r->sum, r->sum_too);
+        if (j < columns - 1) add(groups, r->column + j * groups, r->column_too + j * groups, r->sum, r->sum_too, -1);
     }
 }
 
@@ -231,13 +224,8 @@ INLINE void of_window(int64_t groups, const float *restrict scaled, const float 
 }
 
 INLINE void add_fields(int64_t count, const float *restrict start, const float *restrict slope, double *restrict one,
-                       double *restrict two) {
-    for (int64_t i = 0; i < count; i++) one[i] += start[i], two[i] += slope[i];
-}
-
-INLINE void take_fields(int64_t count, const float *restrict start, const float *restrict slope, double *restrict one,
-                        double *restrict two) {
-    for (int64_t i = 0; i < count; i++) one[i] -= start[i], two[i] -= slope[i];
+                       double *restrict two, const double sign) {
+    for (int64_t i = 0; i < count; i++) one[i] += sign * start[i], two[i] += sign * slope[i];
 }
 
 INLINE void finish(int64_t groups, const float *restrict x, const float *restrict middle, const double *restrict start,
@@ -252,14 +240,14 @@ INLINE void finish(int64_t groups, const float *restrict x, const float *restric
 static void finish_row(const Norm *q, const Part *a, Room *r, int64_t h, double *column, double *column_too) {
     int64_t groups = a->groups, columns = columns_of(q), row = columns * groups, gone = h - q->kernel_h;
     int64_t in = h % held_rows(q) * row, out_of = MAX(gone, 0) % held_rows(q) * row;
-    if (h < rows_of(q)) add_fields(row, r->start + in, r->slope + in, column, column_too);
-    if (gone >= 0) take_fields(row, r->start + out_of, r->slope + out_of, column, column_too);
+    if (h < rows_of(q)) add_fields(row, r->start + in, r->slope + in, column, column_too, 1);
+    if (gone >= 0) add_fields(row, r->start + out_of, r->slope + out_of, column, column_too, -1);
     memset(r->sum, 0, groups * sizeof(double));
     memset(r->sum_too, 0, groups * sizeof(double));
     for (int64_t w = 0; w < q->width; w++) {
         int64_t p = h * q->width + w, out = (w - q->kernel_w) * groups;
-        if (w < columns) add(groups, column + w * groups, column_too + w * groups, r->sum, r->sum_too);
-        if (out >= 0) take(groups, column + out, column_too + out, r->sum, r->sum_too);
+        if (w < columns) add(groups, column + w * groups, column_too + w * groups, r->sum, r->sum_too, 1);
+        if (out >= 0) add(groups, column + out, column_too + out, r->sum, r->sum_too, -1);
         const float *x = a->x + p * a->x_step;
         float *gx = a->y + p * a->y_step;
         OF_EACH(finish, q->each, groups, x, r->middle, r->sum, r->sum_too, gx);
