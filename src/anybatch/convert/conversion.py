@@ -167,8 +167,9 @@ def convert_batchnorm(
     if not plan.replaced:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left.items())[:3])
         raise ValueError(f"no BatchNorm of the model becomes {target.scheme}: {why or 'it has none'}")
-    if distill and (plan.exact or not plan.fitted):
-        raise ValueError(f"distill has nothing to match: {target.scheme} computes what the old network does")
+    if distill and not plan.fitted:
+        why = "computes what the old network does" if plan.exact else "gives norms without scale and shift"
+        raise ValueError(f"distill has nothing to match: {target.scheme} {why}")
     originals = {id(place.module): was.module for place, was in zip(places, before, strict=True)}
     originals[id(new)] = old
     for what in plan.fitted.values():
