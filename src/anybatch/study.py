@@ -23,6 +23,7 @@ from anybatch import rows
 from anybatch.files import write_file
 from anybatch.recipe import Recipe, explain, read_yaml
 from anybatch.rows import Row
+from anybatch.suggest import one_line
 
 ROWS, STUDY = "rows.jsonl", "study.yaml"
 # Learning rates are tried on part of the training images, with a seed that no run of the study uses.
@@ -356,5 +357,5 @@ def _run_one(recipe_json: str, purpose: str) -> Row:
     try:
         return train.run(recipe, purpose=purpose, tell=tell)
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error)
         return train.failed_row(recipe, purpose, message, time.perf_counter() - began)

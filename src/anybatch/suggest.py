@@ -34,6 +34,15 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """What an error says, without line breaks, at most so many characters of it; its type where it says nothing.
+
+    >>> one_line(ValueError("a   long story"), 8), one_line(KeyError())
+    ('a long s', 'KeyError')
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def listed_in(text: str) -> list[str]:
     """The values that commas separate; commas inside parentheses do not.
 

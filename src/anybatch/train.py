@@ -32,6 +32,7 @@ from anybatch.models import load_weights
 from anybatch.recipe import Recipe
 from anybatch.rows import FORMAT, DataFacts, Row
 from anybatch.step import DivergedError, training_loss
+from anybatch.suggest import one_line
 
 
 def run(
@@ -99,7 +100,7 @@ def run(
                 ("torch._dynamo", "torch._inductor")
             ):
                 raise
-            told = " ".join(str(error).split())[:300]
+            told = one_line(error, 300)
             raise ValueError(
                 f"train.compile={recipe.train.compile}: torch.compile failed ({told}); it needs a C++ compiler on the "
                 f"CPU and Triton on a GPU; leave it out to train as it stands"

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from anybatch import __version__
-from anybatch.suggest import listed_in
+from anybatch.suggest import listed_in, one_line
 
 if TYPE_CHECKING:
     from anybatch.models.named import Named
@@ -93,8 +93,7 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    text = " ".join(str(message).split())
-    err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"warning: {one_line(message)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybatch.suggest import one_line
+
 IMAGES = 512
 """As many are taken from a loader at most; scale and shift of a channel need no more."""
 TOGETHER = 64  # images in a forward pass, whatever the loader's batches
@@ -81,8 +83,8 @@ def check_takes(model: nn.Module, batch: Batch) -> None:
         model(batch)
     except Exception as error:  # of the network's own code
         shape = tuple(batch[0].shape)
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"the model fails on an image of shape {shape}: {type(error).__name__}: {said}") from error
+        said = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise ValueError(f"the model fails on an image of shape {shape}: {said}") from error
 
 
 def outputs(given: Any) -> list[Tensor]:

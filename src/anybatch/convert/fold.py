@@ -9,14 +9,13 @@ from typing import Any, Literal, cast, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 
 from anybatch.convert.graph import Graphs
 from anybatch.convert.kinds import as_affine, changed, has_averages, is_constant, own_forward, wide
 from anybatch.methods.batch_channel_norm import _BatchChannelNorm
 from anybatch.methods.filters import StandardizedFilter
 from anybatch.methods.kn_conv import _KNConv
-from anybatch.methods.parameters import bare
+from anybatch.methods.parameters import bare, shapeless
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -130,7 +129,7 @@ def ready(model: nn.Module) -> nn.Module:
     model = bare(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError("the model is compiled to TorchScript; give the module that it was made from")
-    if lazy := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]:
+    if lazy := shapeless(model):
         raise ValueError(f"{lazy[0]} has no shape before the model has seen an input; call the model once")
     return model
 

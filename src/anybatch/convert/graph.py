@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from anybatch.suggest import one_line
+
 Name = str  # of a module, with dots
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -100,7 +102,7 @@ def _trace(module: nn.Module, name: Name, into: Graphs) -> None:
         try:
             graph = tracer.trace(module, concrete_args=_defaults(module))
         except Exception as error:  # tracing runs the network's own code, which raises anything on what is no tensor
-            opaque[""] = _one_line(error)
+            opaque[""] = _said(error)
         else:
             into.parts[name] = graph
     for inner, why in opaque.items():
@@ -118,9 +120,8 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:120]}"
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, 120)}"
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -159,5 +160,5 @@ class _Tracer(fx.Tracer):
             # What lies inside is traced on its own, from there.
             for inner in self.opaque.keys() - opaque:
                 del self.opaque[inner]
-            self.opaque[name] = _one_line(error)
+            self.opaque[name] = _said(error)
             return self.create_proxy("call_module", name, args, kwargs)

@@ -12,6 +12,7 @@ from torch import nn
 from anybatch.convert.conversion import convert_batchnorm
 from anybatch.convert.report import ConversionReport
 from anybatch.files import save_tensors
+from anybatch.suggest import one_line
 
 if TYPE_CHECKING:
     from anybatch.models.named import Named
@@ -91,6 +92,6 @@ def load_converted(path: Path) -> Named:
                 conv.bias = nn.Parameter(conv.get_parameter("weight").new_zeros(len(conv.get_parameter("weight"))))
         model.load_state_dict(load_file(path))
     except (ValueError, AttributeError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         raise ValueError(f"{path} was made from {facts['model']}, which is another network by now: {said}") from None
     return replace(found, model=model.eval(), name=str(path), scheme=facts["to"], architecture="", trained=True)

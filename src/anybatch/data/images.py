@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from anybatch.suggest import one_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -269,11 +271,6 @@ def open_image(path: str | Path, in_chans: int, *, least: int | None = None) -> 
             return PIL.ImageOps.exif_transpose(file).convert(mode)
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # Pillow raises each of them
         raise ValueError(f"cannot read image {path}: {one_line(error)}") from None
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def fit(x: Tensor, size: int) -> Tensor:

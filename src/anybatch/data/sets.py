@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.data.images import Files, Part, Progress, decode, left_out, one_line
+from anybatch.data.images import Files, Part, Progress, decode, left_out
 from anybatch.data.portions import balanced, set_aside
 from anybatch.recipe import Data
+from anybatch.suggest import one_line
 
 FOLDER_SIZE = 64
 """Pixels to which `imagefolder` brings images where ``data.size`` is None."""

@@ -23,6 +23,7 @@ from anybatch.export.runtime import EXTRA, Run, onnx_runner, relative_error, ten
 from anybatch.files import check_writable, write_file
 from anybatch.methods.parameters import bare
 from anybatch.models.named import Facts, Named, described
+from anybatch.suggest import one_line
 
 SUFFIXES = (".onnx", ".pt2")
 BATCHES = (1, 2, 7)
@@ -167,7 +168,7 @@ def _outputs(model: nn.Module, name: str, x: Tensor) -> list[Tensor]:
 
 def _line(error: Exception) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # of colours
-    return " ".join(plain.split())[:300] or type(error).__name__
+    return one_line(plain, 300) if plain.strip() else type(error).__name__
 
 
 def _program(model: nn.Module, name: str, x: Tensor, dynamic_size: bool) -> tuple[Any, str]:

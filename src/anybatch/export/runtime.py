@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.export.card import KEY, Card
+from anybatch.suggest import one_line
 
 Run = Callable[[Tensor], list[Tensor]]
 EXTRA = "pip install 'anybatch[export]'"
@@ -40,14 +41,14 @@ def onnx_runner(file: bytes | str, name: str) -> tuple[Run, Any]:
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # whose classes ONNX Runtime does not document
-        raise ValueError(f"{name} is damaged or no ONNX file: {_first(error)}") from None
+        raise ValueError(f"{name} is damaged or no ONNX file: {one_line(error, 200)}") from None
     images = session.get_inputs()[0].name
 
     def run(x: Tensor) -> list[Tensor]:
         try:
             found = session.run(None, {images: x.numpy()})
         except Exception as error:
-            raise ValueError(f"{name} does not take images of shape {tuple(x.shape)}: {_first(error)}") from None
+            raise ValueError(f"{name} does not take images of shape {tuple(x.shape)}: {one_line(error, 200)}") from None
         return [torch.from_numpy(output) for output in found]
 
     return run, session
@@ -76,10 +77,6 @@ def open_onnx(path: str | Path) -> tuple[Run, Card]:
         return run, Card.from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from anybatch.methods.common import ChannelLayer
 from anybatch.suggest import unknown
@@ -41,6 +42,11 @@ def places(model: nn.Module) -> Iterator[Place]:
             if id(p) not in seen:
                 seen.add(id(p))
                 yield Place(f"{path}.{key}" if path else key, module, key)
+
+
+def shapeless(model: nn.Module) -> list[str]:
+    """Names of parameters and buffers of lazy layers that no batch has shaped yet."""
+    return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
 
 
 def is_filter(place: Place) -> bool:

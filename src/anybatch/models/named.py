@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from anybatch.methods.parameters import shapeless
 from anybatch.models import hub
 from anybatch.models.network import Network
 from anybatch.models.registry import create_network, list_models
 from anybatch.models.weights import load_weights, read_weights
-from anybatch.suggest import listed, unknown
+from anybatch.suggest import listed, one_line, unknown
 
 Task = Literal["classification", "segmentation", "detection", "video", "features", "unknown"]
 TIMM, TORCHVISION = "timm:", "torchvision:"
@@ -302,10 +302,9 @@ def _of_file(text: str) -> Named:
         model = made()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} returned a {type(model).__name__}, and must return a torch.nn.Module")
-    held = [*model.parameters(), *model.buffers()]
-    if any(map(is_lazy, held)):
+    if shapeless(model):
         raise ValueError(f"{text} returned a module whose layers have no shape yet; call it once in {function}")
-    if any(tensor.is_meta for tensor in held):
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError(f"{text} returned a module on the meta device, without values")
     return described(model, text)
 
@@ -331,7 +330,7 @@ def _told(what: str, path: Path) -> Iterator[None]:
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.resolve())
         ]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        said = error.msg if isinstance(error, SyntaxError) else one_line(error)
         place = "" if line is None else f" in line {line}"
         raise ValueError(f"{what}{place}: {type(error).__name__}: {said}") from None
 

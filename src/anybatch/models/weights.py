@@ -20,7 +20,7 @@ from anybatch.models.counts import counts
 from anybatch.models.layouts import LAYOUTS, SAME_OUTPUTS, Layout, Table
 from anybatch.models.network import Network
 from anybatch.models.registry import create_model, list_models, model_entry
-from anybatch.suggest import listed, unknown
+from anybatch.suggest import listed, one_line, unknown
 
 Source = str | Path | Mapping[str, Any]
 Classifier = Literal["load", "skip", "adapt"]
@@ -364,10 +364,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     except PermissionError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # what reads a damaged file raises whatever it stumbles over
-        told = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is damaged or cut off, or no {kind} file: {type(error).__name__} {told[:150]}"
-        ) from None
+        told = one_line(error, 150)
+        raise ValueError(f"{path} is damaged or cut off, or no {kind} file: {type(error).__name__} {told}") from None
     if other:
         raise ValueError(f"{path} holds what a {held} file holds; give its name that ending")
     if not isinstance(read, Mapping):

@@ -13,6 +13,7 @@ from anybatch.methods.parameters import places
 from anybatch.probe.layers import scope_of
 from anybatch.probe.result import Finding, Result, Table, few, many
 from anybatch.probe.subject import Loss, Subject, loss_of, probing, still
+from anybatch.suggest import one_line
 
 FLOOR = 1e-3
 """Differences of smaller gradients than this share of the whole one's norm are told relative to that share of it."""
@@ -140,7 +141,7 @@ def _doubled(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).double()
     except (RuntimeError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error, 200)
         raise ValueError(f"the model cannot be copied to float64 ({why}); pass double=False") from error
 
 

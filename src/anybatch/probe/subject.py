@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anybatch.methods.parameters import bare
 from anybatch.probe.unchanged import unchanged
+from anybatch.suggest import one_line
 
 Mode = Literal["training", "evaluation"]
 Loss = Callable[[Any, Tensor | None], Tensor]
@@ -39,7 +40,7 @@ class Subject:
         try:
             return self.model(given)
         except Exception as error:  # of the model's own code
-            why = " ".join(str(error).split())[:300]
+            why = one_line(error, 300)
             mode = "training" if self.model.training else "evaluation"
             raise ValueError(
                 f"the model fails on x of shape {tuple(x.shape)} and {x.dtype} in {mode}: {type(error).__name__}: {why}"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from anybatch.methods.parameters import shapeless
 from anybatch.suggest import listed
 
 _HOLDERS = (dict, OrderedDict, set, list)
@@ -35,11 +35,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise ValueError("a scripted model shows none of its layers; give the model that torch.jit.script was given")
-    held = [*model.named_parameters(), *model.named_buffers()]
-    lazy = [name for name, t in held if is_lazy(t)]
-    if lazy:
+    if lazy := shapeless(model):
         raise ValueError(f"{listed(lazy)} have no shape yet; run the model on one batch first")
-    if any(t.is_inference() for _, t in held):
+    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise ValueError("the model was made in torch.inference_mode, and may not be changed back; make it outside")
     restorers = [_attributes(model), _values(model), _random_state()]
     try:
