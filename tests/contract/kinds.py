@@ -80,11 +80,14 @@ class OpCase:
         """What a two-pass evaluation in float32 or wider may err, its result being rounded to the dtype of x.
 
         Four roundings (mean, difference, variance, root), each multiplied by the conditioning; ``terms`` of size 1
-        that are summed err as their root. A variance taken as E[x²] - E[x]² errs by the conditioning squared.
+        that are summed err as their root. A variance taken as E[x²] - E[x]² errs by the conditioning squared. A
+        convolution of values with a mean errs as that times the sum of its filter, which BatchNorm behind it and
+        KNConv take off again.
         """
         dtype = args[0].dtype
         wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        size = max(exact.abs().max().item(), (terms * self.terms) ** 0.5)
+        sums = args[1].double().flatten(1).sum(1).abs().max().item() if self.terms > 1 else 0.0
+        size = max(exact.abs().max().item(), (terms * self.terms) ** 0.5, sums)
         # The products of a convolution are of values rounded to the dtype.
         products = torch.finfo(dtype).eps * self.terms**0.5 if self.terms > 1 else 0.0
         return (

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.dispatch import Op, backend, explain
@@ -190,6 +191,26 @@ def test_moments_of_channels_at_a_large_mean(format: torch.memory_format) -> Non
     exact_mean, exact_squares = channel_moments.reference(x.double())
     assert_error_within(mean, exact_mean, 1000 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(squares.double(), exact_squares, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mean", [0, 10, 1000])
+@pytest.mark.parametrize("filter_mean", [0.0, 0.5])
+def test_kn_conv_of_filters_with_a_mean_errs_no_more_than_a_convolution_and_batch_norm(
+    mean: int, filter_mean: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 64, 12, 12, generator=generator) + mean
+    w = 0.05 * (torch.randn(64, 64, 3, 3, generator=generator) + filter_mean)
+
+    def conv_bn(x: Tensor, w: Tensor) -> Tensor:
+        return F.batch_norm(F.conv2d(x, w), None, None, training=True)
+
+    def relative(call: Callable[[Tensor, Tensor], Tensor]) -> float:
+        exact = call(x.double(), w.double())
+        return ((call(x, w) - exact).norm() / exact.norm()).item()
+
+    assert explain(kn_conv, x, w)["native"] == "runs"
+    assert relative(kn_conv) <= 1.5 * relative(conv_bn)
 
 
 @FORMATS

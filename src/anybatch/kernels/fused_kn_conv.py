@@ -89,7 +89,7 @@ def normalized_conv(
     # Half precision rounds what was centered, and its sum is needed.
     constant = centered and weight.dtype == x.dtype and x.dtype.itemsize >= 4
     filters = Filters(weight, weight.new_zeros(len(weight)), None) if constant else stages.filters(weight, x.dtype)
-    z = convolve(x, filters.centered, at, 1)
+    z = convolve(x, filters.convolved, at, 1)
     if residual is not None:
         check_residual(residual, z.shape)
     return filters, stages.normalized(z, pixels, filters, bias, residual, at, p, eps, relu)
@@ -113,7 +113,7 @@ def pulled_back(
     bias: Tensor | None,
     residual: Tensor | None,
     seed: Tensor | None,
-    filters: Filters | Tensor | None,
+    filters: Filters | None,
     done: Normalized,
     p: float,
     relu: bool,
@@ -122,19 +122,16 @@ def pulled_back(
     """The gradients, of the input and the weight as ``needs`` says.
 
     Args:
-        filters: Those of `normalized_conv`; of stages that pull by weight their sums; None to make them anew.
+        filters: Those of `normalized_conv`; None to make them anew.
     """
-    if isinstance(filters, Tensor):
-        filters = Filters(weight, filters, None)
-    elif filters is None:
+    if filters is None:
         filters = stages.filters(weight, x.dtype)
-        filters = filters._replace(centered=weight) if stages.pulls_by_weight else filters
     gradient = laid_out(gradient, done.y)  # an expanded one, say
     back = stages.pulled(gradient, done, filters.total, bias, residual, at, relu)
     geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)
     wanted = (*needs, False)
-    g_x, g_centered, _ = torch.ops.aten.convolution_backward(back.z, x, filters.centered, None, *geometry, wanted)
-    g_weight = None if g_centered is None else stages.through_filters(g_centered, back.total, weight.dtype)
+    g_x, g_convolved, _ = torch.ops.aten.convolution_backward(back.z, x, filters.convolved, None, *geometry, wanted)
+    g_weight = None if g_convolved is None else stages.through_filters(g_convolved, back.total, weight.dtype)
     if g_x is not None:
         g_x = stages.through_moments(g_x, x, done, back, at, p, seed)
     g_bias = None if bias is None else back.bias.to(bias.dtype)
@@ -160,14 +157,14 @@ class _KNConv(torch.autograd.Function):
     ) -> Tensor:
         filters, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu, centered)
         ctx.stages, ctx.call, ctx.at, ctx.p, ctx.relu = stages, call, at, p, relu
-        kept = filters if stages.keeps_filters else (None, filters.total if stages.pulls_by_weight else None, None)
+        kept = filters if stages.keeps_filters else (None, None, None)
         ctx.save_for_backward(x, weight, bias, residual, seed, *kept, *done)
         return done.y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            x, weight, bias, residual, seed, centered, total, rest, *kept = ctx.saved_tensors
+            x, weight, bias, residual, seed, convolved, total, rest, *kept = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
@@ -179,7 +176,7 @@ class _KNConv(torch.autograd.Function):
         tensors = (x, weight, bias, residual, seed)
         if torch.is_grad_enabled():  # second derivatives
             return None, None, None, *recomputed_gradients(ctx.call, tensors, gradient), *[None] * 4
-        filters = total if centered is None else Filters(centered, total, rest)
+        filters = None if convolved is None else Filters(convolved, total, rest)
         options = (filters, Normalized(*kept), ctx.p, ctx.relu, ctx.needs_input_grad[3:5])
         return None, None, None, *pulled_back(ctx.stages, ctx.at, gradient, *tensors, *options), *[None] * 5
 

@@ -32,10 +32,10 @@ class Pixels(NamedTuple):
 class Filters(NamedTuple):
     """The filters as they are convolved, and what the epilogue adds for them."""
 
-    centered: Tensor
-    """(O, C, *), with the dtype of the activations."""
+    convolved: Tensor
+    """(O, C, *), with the dtype of the activations: centered, where a backend does not say otherwise."""
     total: Tensor
-    """(O,): the sum of each filter before it is centered."""
+    """(O,): the sum of each filter of the weight."""
     rest: Tensor | None
     """(O,): what rounding left of the sum of the centered ones; None where nothing is rounded."""
 
@@ -75,10 +75,7 @@ class Stages:
     """Stages without state; each takes and gives tensors in the memory format of the activations."""
 
     keeps_filters: ClassVar[bool] = False
-    """Whether the centered filters are kept for backward in place of being made anew there."""
-    pulls_by_weight: ClassVar[bool] = False
-    """Whether the gradient is taken through the weight, in place of the centered filters; `through_moments` then takes
-    away what it has too much, the spread gradient of `Pulled.own`."""
+    """Whether `Filters` are kept for backward in place of being made anew there."""
 
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
         """The moments over channels, after dropout and without."""
@@ -156,9 +153,9 @@ class Stages:
         g_bias = g.sum(over, dtype=wide)
         return Pulled(g, h.to(g.dtype), -0.5 * done.scale.square() * along, g_own, g_bias, g_total)
 
-    def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The weight's gradient from those of the centered filters, which it may overwrite, and of their sums."""
-        g = widened(g_centered)
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The weight's gradient from those of what was convolved, which it may overwrite, and of the filters' sums."""
+        g = widened(g_convolved)
         g -= g.mean(tuple(range(1, g.dim())), keepdim=True)
         if g_total is not None:
             g += g_total.reshape(-1, *[1] * (g.dim() - 1))

@@ -51,13 +51,20 @@ def _forward(
     relu: bool,
     centered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result, and the fields of `Normalized`, of no values where those are None."""
+    """The result, and the fields of `Normalized`, of no values where those are None.
+
+    With dropout `Normalized.apart` is 0 where stages need none, since the shapes of results may not depend on them.
+    """
     activation = "relu" if relu else "none"
     options = {"p": p, "seed": seed, "eps": eps, "activation": activation, "residual": residual}
     stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), **options)
     at = _windows(weight, stride, padding, dilation)
     _, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu, centered)
-    mean, scale, apart = (x.new_empty(0) if t is None else t.contiguous() for t in done[1:4])
+    mean, scale = done.mean.contiguous(), done.scale.contiguous()
+    if done.apart is None:
+        apart = x.new_empty(0) if seed is None else torch.zeros_like(mean)
+    else:
+        apart = done.apart.contiguous()
     own = x.new_empty(0) if done.own is None else done.own
     y = done.y if done.own is None else laid_out(done.y, done.own)
     return y, mean, scale, apart, own

@@ -1,14 +1,14 @@
-"""KNConv's stages in C, for float32 on the CPU: two calls beside the convolution forward and three backward.
+"""KNConv's stages in C, for float32 on the CPU: three calls beside the convolution forward and two backward.
 
-The gradient of ``x`` is taken through the weight as it is: with K values in a window that adds ``sum_o h_o s_o / K`` of
-each window to all its values, which is what the mean's own gradient takes away where there is no dropout. So the
-filters need not be centered again.
+They convolve with the filters as they are, and take ``mean u' sum W_o`` off behind: with r = 1 / sqrt(var u' + eps) and
+s = sum W, ``y = r (conv(x, W) - mean u' s) + b``. Centered filters would have to be written and read once more, which
+at few and small images costs as much as all else here; in float32 what cancels is what a convolution and BatchNorm
+cancel.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -41,42 +41,22 @@ def _windows(sizes: torch.Size, windows: torch.Size, at: Windows) -> Any:
     return numbers(*three(sizes), *three(windows), *places(at))
 
 
-class _Scratch(threading.local):
-    """Memory of a thread for filters that are convolved at once: what is fresh would cost more than centering them."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0)
-
-    def like(self, weight: Tensor) -> Tensor:
-        """A tensor laid out as a dense weight is, until the next is asked for."""
-        if self.memory.numel() < weight.numel():
-            self.memory = weight.new_empty(weight.numel())
-        return self.memory.as_strided(weight.shape, weight.stride())
-
-
-_scratch = _Scratch()
-
-
 def _fields(like: Tensor, positions: torch.Size) -> Tensor:
     return like.new_empty((like.shape[0], 1, *positions))
 
 
 class NativeStages(Stages):
-    pulls_by_weight = True
+    keeps_filters = True  # of which the weight itself is one and their sums are few
 
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
         mean, var = _fields(x, x.shape[2:]), _fields(x, x.shape[2:])
-        own = None if seed is None else torch.empty_like(mean)
-        to = (mean, var, own)
-        function("kn_pixels", "pppippp")(as_map(x.shape, x.stride()), x, seed, dropout_threshold(p), *to)
-        return Pixels(mean, var, own)
+        function("kn_pixels", "pppipp")(as_map(x.shape, x.stride()), x, seed, dropout_threshold(p), mean, var)
+        return Pixels(mean, var, None)
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
-        weight = filters_as_rows(weight)
-        filters = weight.shape[0]
-        centered, total = _scratch.like(weight), weight.new_empty(filters)
-        function("kn_filters", "iippp")(filters, weight.numel() // filters, weight, centered, total)
-        return Filters(centered, total, None)
+        rows, total = filters_as_rows(weight), weight.new_empty(len(weight))
+        function("kn_sums", "iipp")(len(rows), rows.numel() // len(rows), rows, total)
+        return Filters(weight, total, None)
 
     def normalized(
         self,
@@ -92,16 +72,11 @@ class NativeStages(Stages):
     ) -> Normalized:
         z = z if passes(z) else z.contiguous()
         mean, scale = _fields(z, z.shape[2:]), _fields(z, z.shape[2:])
-        apart = None if pixels.own is None else torch.empty_like(mean)
         beside = None if residual is None else laid_out(residual, z)
         windows = _windows(pixels.mean.shape[2:], z.shape[2:], at)
-        of_pixels = (pixels.mean, pixels.var, pixels.own)
-        more = (filters.total, bias, beside, p, eps, relu)
-        function("kn_normalized", "pppppppppddippp")(
-            *(as_map(z.shape, z.stride()), windows, z, *of_pixels, *more),
-            *(mean, scale, apart),
-        )
-        return Normalized(z, mean, scale, apart, None)
+        given = (z, pixels.mean, pixels.var, filters.total, bias, beside, p, eps, relu)
+        function("kn_normalized", "ppppppppddipp")(as_map(z.shape, z.stride()), windows, *given, mean, scale)
+        return Normalized(z, mean, scale, None, None)
 
     def pulled(
         self,
@@ -119,20 +94,14 @@ class NativeStages(Stages):
         masked = torch.empty_like(y) if relu and residual is not None else None
         g_var, g_own = torch.empty_like(done.mean), torch.empty_like(done.mean)
         g_bias, g_total = total.new_empty((2, total.shape[0])).unbind()
-        drops = done.apart is not None
-        given = (gradient, y, beside, bias, total)
-        to = (h, masked, g_var, g_own, g_bias, g_total if drops else None)
-        function("kn_pulled", "ppppppppipppppp")(
-            *(as_map(y.shape, y.stride()), *given, done.scale, done.apart, relu),
-            *to,
-        )
-        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total if drops else None)
+        given = (gradient, y, beside, bias, total, done.scale, done.mean, relu)
+        to = (h, masked, g_var, g_own, g_bias, g_total)
+        function("kn_pulled", "ppppppppipppppp")(as_map(y.shape, y.stride()), *given, *to)
+        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
-    def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        g = filters_as_rows(g_centered)
-        filters = g.shape[0]
-        function("kn_through_filters", "iipp")(filters, g.numel() // filters, g, g_total)
-        return g
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert g_total is not None
+        return g_convolved.add_(g_total.view(-1, *[1] * (g_convolved.dim() - 1)))
 
     def through_moments(
         self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None

@@ -235,8 +235,8 @@ class TritonStages(Stages):
         g_bias, g_total = sums if drops else (sums[0], None)
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
-    def through_filters(self, g_centered: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        g = filters_as_rows(g_centered)
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
+        g = filters_as_rows(g_convolved)
         g_weight = torch.empty_like(g, dtype=dtype)
         plan = _through_filters(len(g), g[0].numel(), g_total is not None, (g.dtype, dtype))
         plan(g, g_weight, g_total)

@@ -56,10 +56,10 @@ INLINE void keep_columns(const Dropout *d, int64_t n, int64_t c, int64_t pair, i
     }
 }
 
-/* Mean and biased variance over the channels of each position, after dropout, and with it the mean before. */
+/* Mean and biased variance over the channels of each position, after dropout. */
 #define ROWS 4 /* taken together, since one alone is too short to keep the processor busy */
 
-static void moments_of_rows(const Map *m, const float *x, const Dropout *d, float *mean, float *var, float *own) {
+static void moments_of_rows(const Map *m, const float *x, const Dropout *d, float *mean, float *var) {
     int64_t rows = m->n * m->s, c = m->c;
 #pragma omp parallel if (rows * c > SMALL)
     {
@@ -78,16 +78,14 @@ static void moments_of_rows(const Map *m, const float *x, const Dropout *d, floa
                     const Half *hashes = hash_row(d, n, s, c, bits);
                     const float *restrict from = v[r];
                     float *restrict left = kept + r * c;
-                    float all = 0, some = 0;
+                    float some = 0;
                     int32_t threshold = d->threshold;
-#pragma omp simd reduction(+ : all, some)
+#pragma omp simd reduction(+ : some)
                     for (int64_t i = 0; i < c; i++) {
                         float u = from[i] * (hashes[i] >= threshold ? 1.0f : 0.0f);
                         left[i] = u;
-                        all += from[i];
                         some += u;
                     }
-                    own[row[r]] = all / c;
                     sum[r] = some;
                     v[r] = left;
                 }
@@ -114,7 +112,7 @@ static void moments_of_rows(const Map *m, const float *x, const Dropout *d, floa
     }
 }
 
-static void moments_of_planes(const Map *m, const float *x, const Dropout *d, float *mean, float *var, float *own) {
+static void moments_of_planes(const Map *m, const float *x, const Dropout *d, float *mean, float *var) {
     int64_t step = together(m), blocks = (m->s + step - 1) / step, c = m->c;
 #pragma omp parallel if (m->n * m->s * c > SMALL)
     {
@@ -123,7 +121,7 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
         for (int64_t job = 0; job < m->n * blocks; job++) {
             int64_t n = job / blocks, s = job % blocks * step, count = MIN(step, m->s - s), between = m->c_step;
             const float *v = x + n * m->n_step + s;
-            float sum[MOST_POSITIONS] = {0}, squares[MOST_POSITIONS] = {0}, all[MOST_POSITIONS] = {0};
+            float sum[MOST_POSITIONS] = {0}, squares[MOST_POSITIONS] = {0};
             float keep[2][MOST_POSITIONS];
             for (int64_t channel = 0; channel < c; channel++) {
                 const float *restrict u = v + channel * m->c_step;
@@ -132,7 +130,6 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
                     const float *restrict k = keep[channel % 2];
                     float *restrict left = kept + channel * step;
                     for (int64_t i = 0; i < count; i++) {
-                        all[i] += u[i];
                         left[i] = k[i] * u[i];
                         sum[i] += left[i];
                     }
@@ -148,40 +145,22 @@ static void moments_of_planes(const Map *m, const float *x, const Dropout *d, fl
                 off[i] /= c; /* what rounding left of the mean */
                 mean[at + i] = sum[i] + off[i];
                 var[at + i] = MAX(squares[i] / c - off[i] * off[i], 0);
-                if (own) own[at + i] = all[i] / c;
             }
         }
         free(kept);
     }
 }
 
-void kn_pixels(const int64_t *map, const float *x, const int64_t *seed, int64_t threshold, float *mean, float *var,
-               float *own) {
+void kn_pixels(const int64_t *map, const float *x, const int64_t *seed, int64_t threshold, float *mean, float *var) {
     const Map *m = (const Map *)map;
     Dropout d = {seed, (int32_t)threshold};
-    (channels_last(m) ? moments_of_rows : moments_of_planes)(m, x, &d, mean, var, own);
+    (channels_last(m) ? moments_of_rows : moments_of_planes)(m, x, &d, mean, var);
 }
 
-/* Each filter less its mean, and the sum that it had. */
-void kn_filters(int64_t filters, int64_t size, const float *weight, float *centered, float *total) {
+/* The sum of each filter. */
+void kn_sums(int64_t filters, int64_t size, const float *weight, float *total) {
 #pragma omp parallel for schedule(static) if (filters * size > SMALL)
-    for (int64_t o = 0; o < filters; o++) {
-        const float *w = weight + o * size;
-        float *restrict made = centered + o * size;
-        total[o] = sum_of(w, size);
-        float mean = total[o] / size;
-        for (int64_t i = 0; i < size; i++) made[i] = w[i] - mean;
-    }
-}
-
-/* In place: the gradient of the weight from that of the centered filters and, or NULL, of their sums. */
-void kn_through_filters(int64_t filters, int64_t size, float *gradient, const float *g_total) {
-#pragma omp parallel for schedule(static) if (filters * size > SMALL)
-    for (int64_t o = 0; o < filters; o++) {
-        float *restrict g = gradient + o * size;
-        float off = sum_of(g, size) / size - (g_total ? g_total[o] : 0);
-        for (int64_t i = 0; i < size; i++) g[i] -= off;
-    }
+    for (int64_t o = 0; o < filters; o++) total[o] = sum_of(weight + o * size, size);
 }
 
 /* The windows of one row, from `low` to `high`, whose tap `j` lies on the map. */
@@ -217,8 +196,8 @@ INLINE void add_squares(const float *restrict from, int64_t stride, int64_t coun
 }
 
 /* Means over windows of the maps' means, and of their variances plus the squares of how the means differ. */
-static void over_windows(int64_t samples, const Windows *at, const float *mean, const float *var, const float *own,
-                         float p, float eps, float *w_mean, float *w_scale, float *w_apart) {
+static void over_windows(int64_t samples, const Windows *at, const float *mean, const float *var, float p, float eps,
+                         float *w_mean, float *w_scale) {
     int64_t rows = at->windows[0] * at->windows[1], width = at->windows[2];
     int64_t size = at->size[0] * at->size[1] * at->size[2], taps = at->kernel[0] * at->kernel[1] * at->kernel[2];
     float share = 1.0f / taps, kept = 1 - p;
@@ -228,12 +207,11 @@ static void over_windows(int64_t samples, const Windows *at, const float *mean, 
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < samples * rows; job++) {
             int64_t n = job / rows, d = job % rows / at->windows[1], h = job % at->windows[1];
-            const float *maps[3] = {mean + n * size, var + n * size, own ? own + n * size : NULL};
-            float *m = w_mean + job * width, *r = w_scale + job * width, *apart = w_apart ? w_apart + job * width : NULL;
+            const float *means = mean + n * size, *vars = var + n * size;
+            float *m = w_mean + job * width, *r = w_scale + job * width;
             int64_t low, high, first;
             memset(m, 0, width * sizeof(float));
             memset(r, 0, width * sizeof(float));
-            if (apart) memset(apart, 0, width * sizeof(float));
             for (int64_t a = 0; a < at->kernel[0]; a++)
                 for (int64_t b = 0; b < at->kernel[1]; b++) {
                     int64_t row = row_of(at, d, h, a, b) * at->size[2];
@@ -241,9 +219,8 @@ static void over_windows(int64_t samples, const Windows *at, const float *mean, 
                     for (int64_t j = 0; j < at->kernel[2]; j++) {
                         within(at, j, &low, &high, &first);
                         int64_t from = row + low * at->stride[2] + first;
-                        add_row(maps[0] + from, at->stride[2], high - low, m + low);
-                        add_row(maps[1] + from, at->stride[2], high - low, r + low);
-                        if (apart) add_row(maps[2] + from, at->stride[2], high - low, apart + low);
+                        add_row(means + from, at->stride[2], high - low, m + low);
+                        add_row(vars + from, at->stride[2], high - low, r + low);
                     }
                 }
             for (int64_t i = 0; i < width; i++) m[i] *= share;
@@ -258,16 +235,14 @@ static void over_windows(int64_t samples, const Windows *at, const float *mean, 
                     for (int64_t j = 0; j < at->kernel[2]; j++) {
                         within(at, j, &low, &high, &first);
                         add_squares(NULL, 0, low, m, sum);
-                        add_squares(maps[0] + row + low * at->stride[2] + first, at->stride[2], high - low, m + low,
+                        add_squares(means + row + low * at->stride[2] + first, at->stride[2], high - low, m + low,
                                     sum + low);
                         add_squares(NULL, 0, width - high, m + high, sum + high);
                     }
                 }
             for (int64_t i = 0; i < width; i++) {
-                float scaled = m[i] / kept;
                 r[i] = 1 / sqrtf((r[i] + sum[i]) * share / (kept * kept) + eps);
-                if (apart) apart[i] = apart[i] * share - scaled;
-                m[i] = scaled;
+                m[i] /= kept;
             }
         }
         free(sum);
@@ -275,13 +250,12 @@ static void over_windows(int64_t samples, const Windows *at, const float *mean, 
 }
 
 /* A window of one position, alone on it, has that position's moments. */
-static void untouched(int64_t count, const float *mean, const float *var, const float *own, float p, float eps,
-                      float *w_mean, float *w_scale, float *w_apart) {
+static void untouched(int64_t count, const float *mean, const float *var, float p, float eps, float *w_mean,
+                      float *w_scale) {
     float kept = 1 - p;
     for (int64_t i = 0; i < count; i++) {
         w_mean[i] = mean[i] / kept;
         w_scale[i] = 1 / sqrtf(var[i] / (kept * kept) + eps);
-        if (w_apart) w_apart[i] = own[i] - mean[i] / kept;
     }
 }
 
@@ -294,52 +268,44 @@ INLINE int is_untouched(const Windows *at) {
 /* NaN stays NaN. */
 INLINE float positive(float v) { return v < 0 ? 0 : v; }
 
-INLINE void finish_row(int64_t c, float *restrict z, float scale, float apart, const float *restrict total,
-                       const float *restrict bias, const float *restrict residual, const int relu, const int drops,
-                       const int adds) {
+INLINE void finish_row(int64_t c, float *restrict z, float scale, float mean, const float *restrict total,
+                       const float *restrict bias, const float *restrict residual, const int relu, const int adds) {
     for (int64_t i = 0; i < c; i++) {
-        float v = drops ? z[i] + apart * total[i] : z[i];
-        v = v * scale + bias[i];
+        float v = (z[i] - mean * total[i]) * scale + bias[i];
         if (adds) v += residual[i];
         z[i] = relu ? positive(v) : v;
     }
 }
 
-INLINE void finish_plane(int64_t count, float *restrict z, const float *restrict scale, const float *restrict apart,
-                         float total, float bias, const float *restrict residual, const int relu, const int drops,
-                         const int adds) {
+INLINE void finish_plane(int64_t count, float *restrict z, const float *restrict scale, const float *restrict mean,
+                         float total, float bias, const float *restrict residual, const int relu, const int adds) {
     for (int64_t i = 0; i < count; i++) {
-        float v = drops ? z[i] + apart[i] * total : z[i];
-        v = v * scale[i] + bias;
+        float v = (z[i] - mean[i] * total) * scale[i] + bias;
         if (adds) v += residual[i];
         z[i] = relu ? positive(v) : v;
     }
 }
 
-/* `do` with its last three arguments known to the compiler. */
-#define SPECIALIZED(do, relu, drops, adds, ...)                                                                        \
-    switch ((relu ? 4 : 0) + (drops ? 2 : 0) + (adds ? 1 : 0)) {                                                       \
-        case 0: do(__VA_ARGS__, 0, 0, 0); break;                                                                       \
-        case 1: do(__VA_ARGS__, 0, 0, 1); break;                                                                       \
-        case 2: do(__VA_ARGS__, 0, 1, 0); break;                                                                       \
-        case 3: do(__VA_ARGS__, 0, 1, 1); break;                                                                       \
-        case 4: do(__VA_ARGS__, 1, 0, 0); break;                                                                       \
-        case 5: do(__VA_ARGS__, 1, 0, 1); break;                                                                       \
-        case 6: do(__VA_ARGS__, 1, 1, 0); break;                                                                       \
-        default: do(__VA_ARGS__, 1, 1, 1);                                                                             \
+/* `do` with its last two arguments known to the compiler. */
+#define SPECIALIZED(do, relu, adds, ...)                                                                               \
+    switch ((relu ? 2 : 0) + (adds ? 1 : 0)) {                                                                         \
+        case 0: do(__VA_ARGS__, 0, 0); break;                                                                          \
+        case 1: do(__VA_ARGS__, 0, 1); break;                                                                          \
+        case 2: do(__VA_ARGS__, 1, 0); break;                                                                          \
+        default: do(__VA_ARGS__, 1, 1);                                                                                \
     }
 
-/* In place of z: relu((z + apart total) / sqrt(var + eps) + bias + residual), and the windows' moments. */
+/* In place of z: relu((z - mean total) / sqrt(var + eps) + bias + residual), and the windows' moments. */
 void kn_normalized(const int64_t *map, const int64_t *windows, float *z, const float *mean, const float *var,
-                   const float *own, const float *total, const float *bias, const float *residual, double p, double eps,
-                   int64_t relu, float *w_mean, float *w_scale, float *w_apart) {
+                   const float *total, const float *bias, const float *residual, double p, double eps, int64_t relu,
+                   float *w_mean, float *w_scale) {
     const Map *m = (const Map *)map;
     const Windows *at = (const Windows *)windows;
-    int64_t c = m->c, drops = own != NULL;
+    int64_t c = m->c;
     if (is_untouched(at))
-        untouched(m->n * m->s, mean, var, own, p, eps, w_mean, w_scale, w_apart);
+        untouched(m->n * m->s, mean, var, p, eps, w_mean, w_scale);
     else
-        over_windows(m->n, at, mean, var, own, p, eps, w_mean, w_scale, w_apart);
+        over_windows(m->n, at, mean, var, p, eps, w_mean, w_scale);
     float *zeros = NULL;
     if (!bias) bias = zeros = memset(room(c), 0, c * sizeof(float));
     if (channels_last(m)) {
@@ -348,15 +314,14 @@ void kn_normalized(const int64_t *map, const int64_t *windows, float *z, const f
         for (int64_t row = 0; row < rows; row++) {
             int64_t start = row / m->s * m->n_step + row % m->s * m->s_step;
             const float *beside = residual ? residual + start : NULL;
-            float apart = drops ? w_apart[row] : 0;
-            SPECIALIZED(finish_row, relu, drops, residual, c, z + start, w_scale[row], apart, total, bias, beside);
+            SPECIALIZED(finish_row, relu, residual, c, z + start, w_scale[row], w_mean[row], total, bias, beside);
         }
     } else {
 #pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
         for (int64_t job = 0; job < m->n * c; job++) {
             int64_t n = job / c, i = job % c, start = n * m->n_step + i * m->c_step, at_n = n * m->s;
-            const float *beside = residual ? residual + start : NULL, *apart = drops ? w_apart + at_n : NULL;
-            SPECIALIZED(finish_plane, relu, drops, residual, m->s, z + start, w_scale + at_n, apart, total[i], bias[i],
+            const float *beside = residual ? residual + start : NULL;
+            SPECIALIZED(finish_plane, relu, residual, m->s, z + start, w_scale + at_n, w_mean + at_n, total[i], bias[i],
                         beside);
         }
     }
@@ -364,9 +329,9 @@ void kn_normalized(const int64_t *map, const int64_t *windows, float *z, const f
 }
 
 INLINE void pull_row(int64_t c, const float *restrict gradient, const float *restrict y, const float *restrict residual,
-                     const float *restrict bias, const float *restrict total, float scale, float apart,
+                     const float *restrict bias, const float *restrict total, float scale, float mean,
                      float *restrict h, float *restrict masked, float *restrict g_bias, float *restrict g_total,
-                     float *restrict g_var, float *restrict g_own, const int relu, const int drops, const int adds) {
+                     float *restrict g_var, float *restrict g_own, const int relu, const int adds) {
     float along = 0, own = 0;
 #pragma omp simd reduction(+ : along, own)
     for (int64_t i = 0; i < c; i++) {
@@ -377,7 +342,7 @@ INLINE void pull_row(int64_t c, const float *restrict gradient, const float *res
         h[i] = pulled;
         if (relu && adds) masked[i] = g;
         g_bias[i] += g;
-        if (drops) g_total[i] += pulled * apart;
+        g_total[i] -= pulled * mean;
         along += g * alone;
         own += pulled * total[i];
     }
@@ -387,9 +352,9 @@ INLINE void pull_row(int64_t c, const float *restrict gradient, const float *res
 
 INLINE void pull_plane(int64_t count, const float *restrict gradient, const float *restrict y,
                        const float *restrict residual, float bias, float total, const float *restrict scale,
-                       const float *restrict apart, float *restrict h, float *restrict masked, float *restrict g_bias,
+                       const float *restrict mean, float *restrict h, float *restrict masked, float *restrict g_bias,
                        float *restrict g_total, float *restrict along, float *restrict own, const int relu,
-                       const int drops, const int adds) {
+                       const int adds) {
     float of_bias = 0, of_total = 0;
 #pragma omp simd reduction(+ : of_bias, of_total)
     for (int64_t i = 0; i < count; i++) {
@@ -400,21 +365,21 @@ INLINE void pull_plane(int64_t count, const float *restrict gradient, const floa
         h[i] = pulled;
         if (relu && adds) masked[i] = g;
         of_bias += g;
-        if (drops) of_total += pulled * apart[i];
+        of_total -= pulled * mean[i];
         along[i] += g * alone;
         own[i] += pulled * total;
     }
     *g_bias += of_bias;
-    if (drops) *g_total += of_total;
+    *g_total += of_total;
 }
 
 /* Gradients in front of the epilogue: of the convolution's output, h; where a ReLU and a sum stand behind it of what
    was added, `masked`; of each window's variance and mean; of biases and of the filters' sums. */
 void kn_pulled(const int64_t *map, const float *gradient, const float *y, const float *residual, const float *bias,
-               const float *total, const float *scale, const float *apart, int64_t relu, float *h, float *masked,
+               const float *total, const float *scale, const float *mean, int64_t relu, float *h, float *masked,
                float *g_var, float *g_own, float *g_bias, float *g_total) {
     const Map *m = (const Map *)map;
-    int64_t c = m->c, drops = apart != NULL, wide = (c + 15) / 16 * 16;
+    int64_t c = m->c, wide = (c + 15) / 16 * 16;
     int threads = m->n * m->s * c > SMALL ? omp_get_max_threads() : 1;
     float *zeros = NULL, *recent = memset(room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(float));
     double *all = memset(double_room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(double));
@@ -430,8 +395,8 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
                 if (row % ROWS_SUMMED == 0) flush(biases, sums, 2 * wide);
                 const float *beside = residual ? residual + at : NULL;
                 float *left = masked ? masked + at : NULL;
-                SPECIALIZED(pull_row, relu, drops, residual, c, gradient + at, y + at, beside, bias, total, scale[row],
-                            drops ? apart[row] : 0, h + at, left, biases, totals, g_var + row, g_own + row);
+                SPECIALIZED(pull_row, relu, residual, c, gradient + at, y + at, beside, bias, total, scale[row],
+                            mean[row], h + at, left, biases, totals, g_var + row, g_own + row);
             }
         } else {
             int64_t step = stretch(m), blocks = (m->s + step - 1) / step;
@@ -445,9 +410,8 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
                     int64_t at = n * m->n_step + i * m->c_step + s;
                     const float *beside = residual ? residual + at : NULL;
                     float *left = masked ? masked + at : NULL;
-                    SPECIALIZED(pull_plane, relu, drops, residual, count, gradient + at, y + at, beside, bias[i],
-                                total[i], scale + row, drops ? apart + row : NULL, h + at, left, biases + i, totals + i,
-                                along, own);
+                    SPECIALIZED(pull_plane, relu, residual, count, gradient + at, y + at, beside, bias[i], total[i],
+                                scale + row, mean + row, h + at, left, biases + i, totals + i, along, own);
                 }
                 for (int64_t i = 0; i < count; i++) {
                     float r = scale[row + i];
@@ -460,7 +424,7 @@ void kn_pulled(const int64_t *map, const float *gradient, const float *y, const 
         flush(biases, sums, 2 * wide);
     }
     join_threads(all, threads, 2 * wide, c, g_bias);
-    if (drops) join_threads(all + wide, threads, 2 * wide, c, g_total);
+    join_threads(all + wide, threads, 2 * wide, c, g_total);
     free(recent);
     free(all);
     free(zeros);
