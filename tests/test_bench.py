@@ -26,8 +26,7 @@ WORDS = ["--quick", "--repeats", "1", "--contiguous", "--batch-sizes", "1"]
 
 @pytest.fixture(autouse=True)
 def _eager_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds, and the allocator's settings would stay with the tests that follow."""
-    monkeypatch.setattr(timing, "settle_allocator", lambda: False)
+    """Compiling takes seconds."""
     made = choice.settings
 
     def eager(**given: Any) -> choice.Settings:

@@ -16,11 +16,10 @@ from typing import Any, TypedDict
 import torch
 
 import anybatch
-from anybatch import rows
+from anybatch import measure, rows
 from anybatch.bench import cases, timing
 from anybatch.bench.cell import Cell, Variant
 from anybatch.bench.choice import Settings
-from anybatch.measure import device_name
 
 FORMAT = 1
 KEYS = frozenset({"format", "id", "status", "case", "variant", "facts", "quick"})
@@ -83,7 +82,7 @@ def machine_of(device: torch.device) -> str:
     """The kind of machine, as part of a file name."""
     if device.type == "cpu":
         return "cpu"
-    name = device_name(device).lower()
+    name = measure.device_name(device).lower()
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
@@ -116,7 +115,7 @@ def run(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows.repair(path, KEYS, FORMAT)
-    settled = timing.settle_allocator()
+    settled = measure.settle_allocator()
     found: list[Row] = []
     todo = list(cases.cells(chosen))
     with _surroundings(chosen):
@@ -270,7 +269,7 @@ def _blank(cell: Cell, chosen: Settings, key: tuple[str, str]) -> Row:
         "error": None,
         "allowed": None,
         "machine": machine,
-        "device": device_name(chosen.device),
+        "device": measure.device_name(chosen.device),
         "threads": threads,
         "versions": {
             "anybatch": anybatch.__version__,
