@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch.layers import BatchChannelNorm2d, GroupNorm, Recomputed
+from anybatch.layers import BatchChannelNorm2d, GroupNorm, PositionalNorm, Recomputed
 from anybatch.measure import saved_bytes
+from anybatch.methods.common import Taken
 
 
 def unit(norm: nn.Module) -> list[nn.Module]:
@@ -21,9 +22,16 @@ def passed(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
 
 
-@pytest.mark.parametrize("make", [lambda: GroupNorm(8, 4), lambda: BatchChannelNorm2d(8, 4)])
-def test_numbers_are_those_of_a_sequence(make) -> None:
-    plain = nn.Sequential(nn.Conv2d(8, 8, 1), *unit(make()))
+def fused(norm: nn.Module) -> list[nn.Module]:
+    """A norm that applies the activation itself, of which no checkpoint is made."""
+    assert norm.take_activation(nn.SiLU())
+    return [norm, Taken(), nn.Conv2d(8, 8, 3, padding=1)]
+
+
+@pytest.mark.parametrize("layers", [unit, fused])
+@pytest.mark.parametrize("norm", [lambda: GroupNorm(8, 4), lambda: BatchChannelNorm2d(8, 4), lambda: PositionalNorm(8)])
+def test_numbers_are_those_of_a_sequence(norm, layers) -> None:
+    plain = nn.Sequential(nn.Conv2d(8, 8, 1), *layers(norm()))
     ours = nn.Sequential(copy.deepcopy(plain[0]), Recomputed(*copy.deepcopy(plain[1:])))
     x = torch.randn(3, 8, 6, 5, requires_grad=True)
     for got, expected in zip(passed(ours, x), passed(plain, x), strict=True):
@@ -32,9 +40,10 @@ def test_numbers_are_those_of_a_sequence(make) -> None:
         torch.testing.assert_close(got, expected, msg=f"{name}: a batch came in twice")
 
 
-def test_a_chain_keeps_one_map_for_each_convolution() -> None:
+@pytest.mark.parametrize("layers", [unit, fused])
+def test_a_chain_keeps_one_map_for_each_convolution(layers) -> None:
     def units() -> list[list[nn.Module]]:
-        return [[GroupNorm(8, 4), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)] for _ in range(3)]
+        return [layers(GroupNorm(8, 4)) for _ in range(3)]
 
     x = torch.randn(2, 8, 32, 32, requires_grad=True)
     size = x.numel() * 4
@@ -61,6 +70,41 @@ def test_the_convolution_is_not_run_again() -> None:
     Recomputed(norm, nn.ReLU(), conv)(x).sum().backward()
     assert len(norm_runs) == 2
     assert len(ends) == 1, "it ended a second time"
+
+
+def test_second_derivatives_of_a_fused_norm() -> None:
+    plain = nn.Sequential(*fused(GroupNorm(8, 4))).double()
+    ours = Recomputed(*copy.deepcopy(plain))
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def twice(model: nn.Module) -> list[Tensor]:
+        first = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()], create_graph=True)
+        moving = sum(g.square().sum() for g in first)
+        return list(torch.autograd.grad(moving, [x, *model.parameters()]))
+
+    for got, expected in zip(twice(ours), twice(plain), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_input_that_was_overwritten_is_an_error() -> None:
+    x = torch.randn(2, 8, 4, 4)
+    y = Recomputed(*fused(GroupNorm(8, 4)))(x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="overwritten before backward"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layers", [unit, fused])
+def test_autocast_gives_the_numbers_of_a_sequence(layers) -> None:
+    plain = nn.Sequential(*layers(GroupNorm(8, 4)))
+    ours, x = Recomputed(*copy.deepcopy(plain)), torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = ours(x), plain(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    got.float().sum().backward()
+    expected.float().sum().backward()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
 
 
 def test_evaluation_and_names_are_a_sequences() -> None:

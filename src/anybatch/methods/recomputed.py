@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from anybatch.methods.common import ChannelLayer, TakesActivation
 
 
 class Recomputed(nn.Sequential):
@@ -45,4 +49,42 @@ class Recomputed(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(input)
+        norm, *between, layer = self
+        lean = isinstance(norm, ChannelLayer) and isinstance(norm, TakesActivation)
+        if lean and all(isinstance(one, nn.Identity) for one in between) and _is_plain(input):
+            return _without_between(norm, layer, input)
         return checkpoint(super().forward, input, use_reentrant=False)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing casts, traces or transforms what is done with it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _without_between(norm: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(norm(x))``, whose backward runs the norm again for what the layer took.
+
+    A norm that draws nothing and applies its activation keeps its input and a few numbers anyway, so that the layer's
+    input is all there is to leave out, without the cost of a checkpoint.
+    """
+    y = norm(x)
+    place, version = (y.data_ptr(), y.shape, y.stride(), y.dtype), x._version
+
+    def anew() -> Tensor:
+        if x._version != version:
+            raise RuntimeError("the input of a Recomputed was overwritten before backward, which needs it")
+        with torch.no_grad():
+            return norm(x)
+
+    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+        return anew if (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype) == place else kept
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer(y)
