@@ -1,7 +1,7 @@
 """Triton kernels of local context normalization. Imported when one is launched, as Triton takes a while to import.
 
-Activations are positions of a sample by channels, with any strides; fields, which have two numbers for each position and
-group of channels, are (2, N, P, G) in float32. Sums over windows move along one dimension after another, by adding what
+Activations are positions of a sample by channels, with any strides; fields, two numbers for each position and group of
+channels, are (2, N, P, G) in float32. Sums over windows move along one dimension after another, by adding what
 comes in and taking what goes out, in float64, so that the cost does not depend on the window; programs begin them anew
 every ``chunk`` positions. Fields of moments are joined by the law of total variance.
 
@@ -209,9 +209,7 @@ def normalized(
     start, _ = _window(k * chunk, size, kernel, False)
     end = start
     for q in range(k * chunk, tl.minimum((k + 1) * chunk, size)):
-        start, end, first, second = _moved(
-            fields, row, there, step, q, size, kernel, start, end, first, second, True
-        )
+        start, end, first, second = _moved(fields, row, there, step, q, size, kernel, start, end, first, second, True)
         mean, var = _moments(first, second, kernel)
         mean = _of_channels(mean, BLOCK_P, BLOCK_G, BLOCK_E)
         rstd = _of_channels(1.0 / tl.sqrt(var + eps), BLOCK_P, BLOCK_G, BLOCK_E)
@@ -273,9 +271,7 @@ def pulled(
         at = tl.cast(q, tl.int64) * inner
         x = _values(x_ptr + at * stride_xp, i, c, mask, stride_xp, stride_xc)
         gradient = _values(g_ptr + at * stride_gp, i, c, mask, stride_gp, stride_gc)
-        hat = (x - _of_channels(mean, BLOCK_P, BLOCK_G, BLOCK_E)) * _of_channels(
-            rstd, BLOCK_P, BLOCK_G, BLOCK_E
-        )
+        hat = (x - _of_channels(mean, BLOCK_P, BLOCK_G, BLOCK_E)) * _of_channels(rstd, BLOCK_P, BLOCK_G, BLOCK_E)
         along = tl.where(mask, gradient * hat, 0.0)
         g_weight += along
         g_bias += gradient

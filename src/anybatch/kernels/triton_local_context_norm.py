@@ -84,13 +84,17 @@ class _Tiles(NamedTuple):
     def constants(self) -> tuple[int, ...]:
         return self.each, power_of_two(self.each), self.rows, self.columns
 
+    @property
+    def warps(self) -> int:
+        return min(max(4, self.rows * self.columns * power_of_two(self.each) // 256), 16)
+
 
 def _chunk(size: int, window: int) -> int:
     # At least half a window, so that beginning sums anew costs no more than moving them on; a grid has 65535 at most.
     return max(_CHUNK, -(-window // 2), -(-size // 32768))
 
 
-def _tiles(options: _Options, shape: torch.Size, layout: Layout) -> _Tiles:
+def _tiles(options: _Options, shape: torch.Size, layout: Layout, tile: int = _TILE) -> _Tiles:
     sizes, windows = shape[2:], options.windows
     # Lanes lie side by side in memory where sums move along the first of several dimensions; else they stay in place.
     size, window = (sizes[0], windows[0]) if len(sizes) > 1 else (1, 1)
@@ -98,10 +102,10 @@ def _tiles(options: _Options, shape: torch.Size, layout: Layout) -> _Tiles:
     channels = power_of_two(options.each)
     if layout.channel == 1 or inner == 1:
         columns = min(power_of_two(groups), max(1, 64 // channels))
-        rows = min(power_of_two(inner), max(1, _TILE // (columns * channels)))
+        rows = min(power_of_two(inner), max(1, tile // (columns * channels)))
     else:
-        rows = min(power_of_two(inner), 64, max(1, _TILE // channels))
-        columns = min(power_of_two(groups), max(1, _TILE // (rows * channels)))
+        rows = min(power_of_two(inner), 32, max(1, tile // channels))
+        columns = min(power_of_two(groups), max(1, tile // (rows * channels)))
     return _Tiles(size, window, inner, groups, options.each, rows, columns)
 
 
@@ -144,7 +148,7 @@ def _taking_moments(options: _Options, shape: torch.Size, layout: Layout) -> _Mo
     # Of positions wherever they are: a dimension of one position in front of them.
     tiles = tiles._replace(size=1, window=1, inner=positions)
     numbers = (positions, tiles.groups, n * positions * tiles.groups, *layout, *tiles.constants)
-    pixels = Plan(_kernels().pixel_moments, (n * tiles.parts * tiles.blocks,), numbers)
+    pixels = Plan(_kernels().pixel_moments, (n * tiles.parts * tiles.blocks,), numbers, tiles.warps)
     return _Moments(pixels, _boxed(options, shape, True))
 
 
@@ -159,10 +163,8 @@ def _forward(
 ) -> _Forward:
     layout = layout_of(shape, strides)
     tiles = _tiles(options, shape, layout)
-    numbers = (
-        *_sizes(tiles, shape), *layout, *layout_of(shape, strides_of_y), options.eps, *tiles.constants
-    )  # fmt: skip
-    normalized = Plan(_kernels().normalized, (shape[0] * tiles.parts * tiles.blocks,), numbers)
+    numbers = (*_sizes(tiles, shape), *layout, *layout_of(shape, strides_of_y), options.eps, *tiles.constants)
+    normalized = Plan(_kernels().normalized, (shape[0] * tiles.parts * tiles.blocks,), numbers, tiles.warps)
     return _Forward(_taking_moments(options, shape, layout), normalized)
 
 
@@ -190,13 +192,13 @@ def _backward(
     _: Dtypes,
 ) -> _Backward:
     kernels, layout, of_g = _kernels(), layout_of(shape, strides), layout_of(shape, strides_of_g)
-    tiles, channels = _tiles(options, shape, layout), shape[1]
+    tiles, channels = _tiles(options, shape, layout, _TILE // 2), shape[1]  # of several tensors
     programs, values = shape[0] * tiles.parts, options.each * math.prod(options.windows)
     numbers = (*_sizes(tiles, shape), values, *of_g, *layout, options.eps, *tiles.constants)
-    pulled = Plan(kernels.pulled, (programs * tiles.blocks,), numbers)
+    pulled = Plan(kernels.pulled, (programs * tiles.blocks,), numbers, tiles.warps)
     adding_up = Plan(pieces().added_up, (-(-2 * channels // 16),), (programs, 2 * channels, 64, 16))
     numbers = (*_sizes(tiles, shape), *of_g, *layout, *layout_of(shape, strides_of_g_x), *tiles.constants)
-    combined = Plan(kernels.combined, (programs * tiles.blocks,), numbers)
+    combined = Plan(kernels.combined, (programs * tiles.blocks,), numbers, tiles.warps)
     moments = _taking_moments(options, shape, layout)
     return _Backward(moments, pulled, adding_up, programs, _boxed(options, shape, False), combined)
 
