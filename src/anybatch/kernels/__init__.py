@@ -16,6 +16,7 @@ from anybatch.kernels import triton_channel_moments as triton_channel_moments
 from anybatch.kernels import triton_channel_norm as triton_channel_norm
 from anybatch.kernels import triton_clipping as triton_clipping
 from anybatch.kernels import triton_kn_conv as triton_kn_conv
+from anybatch.kernels import triton_local_context_norm as triton_local_context_norm
 from anybatch.kernels import triton_positional_norm as triton_positional_norm
 from anybatch.kernels import triton_weight_standardize as triton_weight_standardize
 from anybatch.methods.batch_channel_norm import batch_channel_norm
