@@ -10,7 +10,11 @@ first is timed. What was found is kept beside the code that Triton compiled (``~
 other processes on such a GPU round alike, and do not wait again.
 
 Nothing is timed while a CUDA graph is captured, where the rule serves for want of something better, nor in Triton's
-interpreter. What a kernel overwrites is copied for that.
+interpreter. What a kernel overwrites is copied for that. The first step waits for it: most of that is Triton compiling,
+about half a second for each way of each kernel, which is kept too.
+
+What it gains was not measured on a GPU. `anybatch bench --device cuda --out plain.jsonl`, the same with ``--autotune
+--out tuned.jsonl``, and ``benchmarks/compare.py plain.jsonl tuned.jsonl`` tell.
 
 `triton.autotune` is not what does this, since it would know ways that hold for all shapes, tune anew for each exact
 size, and pass through its search for compiled code at every launch, which a `Plan` spares.
@@ -57,40 +61,42 @@ _ADDED_UP = (RULE, Way(0.5, 1), Way(0.5, 0.5), Way(1, 2))
 _HELD = (RULE, Way(1, 0.5), Way(1, 2), Way(2, 2))
 
 SPACES: dict[str, tuple[Way, ...]] = {
-    # Tiles of positions by channels, read once or twice. Channel norms: 2048 values by 4 warps. How many positions
-    # make a chunk is the rule's in all ways, since partial sums are counted by it.
-    "moments": _STREAMED,
-    "gradient_sums": _STREAMED,
-    "applied": _STREAMED,
-    "combined": _STREAMED,
-    # KNConv and positional norm: 4096 values by 4 warps.
-    "pixel_moments": _STREAMED,
-    "normalized": _STREAMED,
-    "through_moments": _STREAMED,
-    # Their gradients: 2048 values by 4 warps, of several tensors. The rows of which one program adds up the
-    # parameters' gradients are the rule's, and more than those are not read at once.
-    "pulled": _ADDED_UP,
+    # Tiles of positions by channels: 2048 values by 4 warps. How many positions make a chunk is the rule's in all ways,
+    # since partial sums are counted by it.
+    "triton_channel_kernels.moments": _STREAMED,
+    "triton_channel_kernels.gradient_sums": _STREAMED,
+    "triton_channel_kernels.applied": _STREAMED,
+    "triton_channel_kernels.combined": _STREAMED,
+    # The same: 4096 values by 4 warps.
+    "triton_kn_kernels.pixel_moments": _STREAMED,
+    "triton_kn_kernels.normalized": _STREAMED,
+    "triton_kn_kernels.through_moments": _STREAMED,
+    "triton_positional_kernels.normalized": _STREAMED,
+    # 2048 values by 4 warps, of several tensors. The rows of which one program adds up the parameters' gradients are
+    # the rule's, and no more of them are read at once.
+    "triton_kn_kernels.pulled": _ADDED_UP,
+    "triton_positional_kernels.pulled": _ADDED_UP,
     # Groups that a program holds whole: up to 8192 values, 512 for each warp; twice the values are twice the groups.
-    "whole_groups": _HELD,
-    "through_whole_groups": _HELD,
+    "triton_group_kernels.whole_groups": _HELD,
+    "triton_group_kernels.through_whole_groups": _HELD,
     # Filters, one a program: 2048 values by 4 warps, or 512 by 1 where filters are small.
-    "standardize_filters": _STREAMED,
-    "pull_filters": _STREAMED,
-    "standardize_all": _STREAMED,
-    "pull_all": _STREAMED,
+    "triton_parameter_kernels.standardize_filters": _STREAMED,
+    "triton_parameter_kernels.pull_filters": _STREAMED,
+    "triton_parameter_kernels.standardize_all": _STREAMED,
+    "triton_parameter_kernels.pull_all": _STREAMED,
 }
-"""The ways that are timed, by the kernel's name; the rule's comes first."""
+"""The ways that are timed, by the kernel; the rule's comes first."""
 
 FIXED: dict[str, str] = {
-    "group_numbers": "a few numbers of each group",
-    "group_coefficients": "a few numbers of each group",
-    "response_numbers": "a few numbers of each channel",
-    "response_coefficients": "a few numbers of each channel",
-    "joined_samples": "a few numbers of each channel",
-    "added_up": "partial sums, a hundredth of what the launch before it reads",
-    "center_filters": "one layer's filters, which take as long as the launch itself",
-    "through_filters": "one layer's filters, which take as long as the launch itself",
-    "clip_units": "it clips gradients in place, found by address, which a second run would find clipped",
+    "triton_group_kernels.group_numbers": "a few numbers of each group",
+    "triton_group_kernels.group_coefficients": "a few numbers of each group",
+    "triton_channel_kernels.response_numbers": "a few numbers of each channel",
+    "triton_channel_kernels.response_coefficients": "a few numbers of each channel",
+    "triton_channel_kernels.joined_samples": "a few numbers of each channel",
+    "triton_pieces.added_up": "partial sums, few beside what the launch before it reads",
+    "triton_kn_kernels.center_filters": "one layer's filters, few beside its activations",
+    "triton_kn_kernels.through_filters": "one layer's filters, few beside its activations",
+    "triton_parameter_kernels.clip_units": "clips what it finds by address, which a second run would find clipped",
 }
 """Kernels that the rule alone launches, and why."""
 
@@ -99,6 +105,11 @@ def class_of(shape: Sequence[int], *layouts: Layout) -> tuple[Any, ...]:
     """What samples of (N, C, *) have in common that are launched alike: their sizes, about, and their formats."""
     sizes = (power_of_two(shape[1]), power_of_two(math.prod(shape[2:])))
     return (*sizes, *(layout.channel == 1 for layout in layouts))
+
+
+def name_of(kernel: Any) -> str:
+    """Of a kernel in `SPACES` or `FIXED`: the file that it is in, and its own."""
+    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
 
 
 class Tuned:
@@ -113,7 +124,7 @@ class Tuned:
     def __init__(self, make: Callable[[Way], Plan], about: Sequence[Any], overwritten: Sequence[int] = ()) -> None:
         self.make = functools.cache(make)
         self.rule = self.make(RULE)
-        self.kernel = self.rule.kernel
+        self.name = name_of(self.rule.kernel)
         self.about, self.overwritten = tuple(about), overwritten
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -123,10 +134,10 @@ class Tuned:
         plan(*tensors)
 
     def _way(self, tensors: Sequence[Tensor | None]) -> Way:
-        ways = SPACES[self.kernel.__name__]
-        key = (self.kernel.fn.__module__, self.kernel.__name__, _device(), self.about)
+        key = (self.name, _device(), self.about)
         if (way := _found.get(key)) is not None:
             return way
+        ways = SPACES[self.name]
         file = _file(key, ways)
         if (way := file.read()) is None:
             if torch.cuda.is_current_stream_capturing():
