@@ -16,6 +16,7 @@ from anybatch.kernels import triton_channel_plans, triton_kn_conv, triton_tuning
 from anybatch.kernels.triton_tuning import FIXED, RULE, SPACES, Tuned, Way, name_of
 from kernels import test_triton_channel_norm as channel
 from kernels import test_triton_kn_conv as kn
+from kernels import test_triton_local_context_norm as local
 from kernels import test_triton_positional_norm as positional
 from kernels import test_triton_weight_standardize as ws
 from kernels.common import assert_errs_little, gradient, images, needs_triton, passed
@@ -55,6 +56,11 @@ def norm_of_positions(_: pytest.MonkeyPatch, *, last: bool) -> None:
     assert_errs_little(positional.positional(x), x, gradient(x))
 
 
+def norm_of_windows(_: pytest.MonkeyPatch, *, last: bool) -> None:
+    x = images((2, 6, 9, 7), torch.float32, last=last, mean=10.0)
+    assert_errs_little(local.local(x), x, gradient(x))
+
+
 def convolution(_: pytest.MonkeyPatch, way: str, *, last: bool) -> None:
     kn.assert_errs_little("3x3 halved" if way == "dropped" else "3x3", way, torch.float32, last=last)
 
@@ -71,6 +77,7 @@ def of(file: str, *names: str) -> set[str]:
 _STEPS = of("channel", "moments", "applied", "gradient_sums", "combined")
 _WHOLE = of("group", "whole_groups", "through_whole_groups")
 _POSITIONAL = of("positional", "normalized")
+_LOCAL = of("local_context", "pixel_moments", "normalized", "pulled", "combined")
 _KN = of("kn", "pixel_moments", "normalized", "through_moments")
 WORK: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "group norm": (partial(norm_in_steps, way="group", last=False), _STEPS),
@@ -80,6 +87,8 @@ WORK: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "whole batch-channel norm, channels last": (partial(norm_held_whole, way="batch", last=True), _WHOLE),
     "positional norm": (partial(norm_of_positions, last=False), _POSITIONAL),
     "positional norm, channels last": (partial(norm_of_positions, last=True), _POSITIONAL | of("positional", "pulled")),
+    "local context norm": (partial(norm_of_windows, last=False), _LOCAL),
+    "local context norm, channels last": (partial(norm_of_windows, last=True), _LOCAL),
     "KNConv, added": (partial(convolution, way="all", last=False), _KN),
     "KNConv, channels last": (partial(convolution, way="joined", last=True), _KN | of("kn", "pulled")),
     "KNConv, dropout, channels last": (partial(convolution, way="dropped", last=True), _KN | of("kn", "pulled")),

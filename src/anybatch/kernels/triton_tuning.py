@@ -58,6 +58,7 @@ class Way(NamedTuple):
 RULE = Way()
 _STREAMED = (RULE, Way(0.5, 1), Way(1, 2), Way(2, 1), Way(2, 2))
 _ADDED_UP = (RULE, Way(0.5, 1), Way(0.5, 0.5), Way(1, 2))
+_WARPS = (RULE, Way(1, 0.5), Way(1, 2))
 _HELD = (RULE, Way(1, 0.5), Way(1, 2), Way(2, 2))
 
 SPACES: dict[str, tuple[Way, ...]] = {
@@ -79,6 +80,11 @@ SPACES: dict[str, tuple[Way, ...]] = {
     # Groups that a program holds whole: up to 8192 values, 512 for each warp; twice the values are twice the groups.
     "triton_group_kernels.whole_groups": _HELD,
     "triton_group_kernels.through_whole_groups": _HELD,
+    # Tiles whose sums move along one dimension: 256 values for each warp.
+    "triton_local_context_kernels.pixel_moments": _WARPS,
+    "triton_local_context_kernels.normalized": _WARPS,
+    "triton_local_context_kernels.pulled": _WARPS,
+    "triton_local_context_kernels.combined": _WARPS,
     # Filters, one a program: 2048 values by 4 warps, or 512 by 1 where filters are small.
     "triton_parameter_kernels.standardize_filters": _STREAMED,
     "triton_parameter_kernels.pull_filters": _STREAMED,
@@ -93,6 +99,7 @@ FIXED: dict[str, str] = {
     "triton_channel_kernels.response_numbers": "a few numbers of each channel",
     "triton_channel_kernels.response_coefficients": "a few numbers of each channel",
     "triton_channel_kernels.joined_samples": "a few numbers of each channel",
+    "triton_local_context_kernels.boxed": "maps of two numbers a group, whose sums wait for one another",
     "triton_pieces.added_up": "partial sums, few beside what the launch before it reads",
     "triton_kn_kernels.center_filters": "one layer's filters, few beside its activations",
     "triton_kn_kernels.through_filters": "one layer's filters, few beside its activations",
