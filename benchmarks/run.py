@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--precision", help="32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--autotune", action="store_true", help="tune Triton kernels first; on CUDA")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")

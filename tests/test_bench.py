@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from anybatch import bench, cli
+from anybatch import bench, cli, dispatch
 from anybatch.bench import cases, choice, layers, runner, settings, targets, timing
 from anybatch.bench.cell import Cell
 from anybatch.bench.figure import figure
-from anybatch.bench.tables import comparison, speed_page
+from anybatch.bench.tables import comparison, line, speed_page
 from anybatch.kernels import fused_kn_conv
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,7 @@ def test_filters_of_a_network_are_checked_and_timed() -> None:
         (["--batch-sizes", "0"], "batch_sizes must be 1 or more"),
         (["--device", "tpu"], "device='tpu'"),
         (["--repeats", "0"], "--repeats"),
+        (["--device", "cpu", "--autotune"], "autotune tunes Triton kernels, which run on CUDA; device='cpu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -246,6 +248,23 @@ def test_the_page_of_speed_is_made_of_rows(tmp_path: Path) -> None:
     assert "| KNConv + ReLU, p > 0 | 1.8 | ≤ 1.12 | ≤ 1 | 1.1 |  | holds |" in text
     assert "not measured on a GPU" in text
     assert "no reason \\| at all" in text
+
+
+def test_rows_of_tuned_kernels_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned, plain, older = _row("kn", 1.0), _row("kn", 1.0), _row("kn", 1.0)
+    tuned["autotuned"] = True
+    del older["autotuned"]
+    assert [line(row)[3] for row in (tuned, plain, older)] == ["eager, autotuned", "eager", "eager"]
+    assert "| kn | eager, autotuned |" in speed_page({"a gpu": [tuned]}, "a command")
+    assert tuned["id"] == plain["id"]  # so that two files can be compared
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+def test_kernels_are_tuned_within_a_run_alone(autotune: bool) -> None:
+    chosen = replace(settings(device="cpu"), autotune=autotune)
+    with runner._surroundings(chosen):
+        assert dispatch.autotunes() == autotune
+    assert not dispatch.autotunes()
 
 
 def test_two_files_are_compared(tmp_path: Path) -> None:

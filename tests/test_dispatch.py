@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 
 from anybatch import dispatch, functional
-from anybatch.dispatch import Op, backend, backends, compiled_helpers, compiles_helpers, op
+from anybatch.dispatch import Op, autotuned, autotunes, backend, backends, compiled_helpers, compiles_helpers, op
 from anybatch.kernels.compiled import helper
 
 
@@ -152,6 +155,25 @@ def test_helpers_are_compiled_only_where_asked_for() -> None:
         assert compiles_helpers()
         raise ValueError("out")
     assert not compiles_helpers()
+
+
+def test_kernels_are_tuned_only_where_asked_for() -> None:
+    assert not autotunes()
+    with pytest.raises(ValueError, match="out"), autotuned():  # noqa: PT012
+        assert autotunes()
+        with autotuned(False):
+            assert not autotunes()
+        assert autotunes()
+        raise ValueError("out")
+    assert not autotunes()
+
+
+@pytest.mark.parametrize(("given", "told"), [("1", "True"), ("0", "False"), ("", "False")])
+def test_an_environment_variable_tunes_kernels_everywhere(given: str, told: str) -> None:
+    code = "from anybatch import dispatch; print(dispatch.autotunes())"
+    environment = {**os.environ, "ANYBATCH_AUTOTUNE": given}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == told
 
 
 def test_a_helper_that_cannot_be_compiled_runs_as_it_stands_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

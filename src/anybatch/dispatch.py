@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 # A plain module global, because a context variable breaks full-graph compilation.
 _backend = "auto"
 _compiles_helpers = False
+_autotunes = os.environ.get("ANYBATCH_AUTOTUNE") == "1"
 
 Refusal = Callable[..., str | None]
 
@@ -150,3 +152,23 @@ def compiled_helpers(switched_on: bool = True) -> Iterator[None]:
         yield
     finally:
         _compiles_helpers = before
+
+
+def autotunes() -> bool:
+    """Whether Triton kernels are launched in the fastest of a few ways, each timed at a kernel's first launch."""
+    return _autotunes
+
+
+@contextmanager
+def autotuned(switched_on: bool = True) -> Iterator[None]:
+    """Within this context Triton kernels are tuned, as `anybatch.kernels.triton_tuning` tells.
+
+    Off elsewhere, unless the environment has ``ANYBATCH_AUTOTUNE=1``: the first step on a GPU compiles up to five ways
+    of each kernel and times them, and results differ by rounding from those of a process that found another way.
+    """
+    global _autotunes
+    before, _autotunes = _autotunes, switched_on
+    try:
+        yield
+    finally:
+        _autotunes = before

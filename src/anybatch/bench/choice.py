@@ -77,6 +77,8 @@ class Settings:
     modes: tuple[str, ...]
     helpers: bool
     """Whether filters are standardized with compiled passes too."""
+    autotune: bool
+    """Whether Triton kernels are tuned."""
     repeats: int
     least: float
     threads: int
@@ -135,6 +137,7 @@ def settings(
     precision: str | None = None,
     channels_last: bool | None = None,
     compile: bool = False,
+    autotune: bool = False,
     repeats: int | None = None,
     threads: int = 1,
     quick: bool = False,
@@ -150,12 +153,14 @@ def settings(
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; bfloat16 on a GPU, else float32.
         channels_last: One memory format for all; by default both for layers on the CPU, else channels_last.
         compile: Time everything compiled by ``torch.compile`` as well.
+        autotune: Launch Triton kernels in the fastest of a few ways, which are timed first; on CUDA.
         repeats: Rounds; 9, and 2 if ``quick``.
         threads: Of the CPU. One is timed by processor time, more by the wall's.
         quick: Tiny shapes, to see that everything works; such times mean nothing.
 
     Raises:
-        ValueError: If a name is unknown (the nearest are named), a number is below 1, or there is no such device.
+        ValueError: If a name is unknown (the nearest are named), a number is below 1, there is no such device, or
+            kernels are to be tuned on one that has none.
     """
     chosen: list[str] = []
     for case in cases or CASES:
@@ -171,6 +176,8 @@ def settings(
     if device is not None and device.partition(":")[0] not in (("cpu", "cuda") if gpu else ("cpu",)):
         raise ValueError(f"device={device!r} is none that can be timed here; take cpu{' or cuda' if gpu else ''}")
     where = torch.device(device or ("cuda" if gpu else "cpu"))
+    if autotune and where.type != "cuda":
+        raise ValueError(f"autotune tunes Triton kernels, which run on CUDA; device={where.type!r} has none to tune")
     precision = precision or ("bf16-mixed" if where.type == "cuda" else "32-true")
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
@@ -184,6 +191,7 @@ def settings(
         channels_last=channels_last,
         modes=("eager", *(["graph"] if where.type == "cuda" else []), *(["compiled"] if compile else [])),
         helpers=where.type == "cpu",
+        autotune=autotune,
         repeats=repeats or (2 if quick else 9),
         least=0.0 if quick else 0.05,
         threads=threads,

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import torch
 
 import anybatch
-from anybatch import measure, rows
+from anybatch import dispatch, measure, rows
 from anybatch.bench import cases, timing
 from anybatch.bench.cell import Cell, Variant
 from anybatch.bench.choice import Settings
@@ -72,6 +72,8 @@ class Row(TypedDict):
     versions: dict[str, str]
     quick: bool
     """Whether shapes were tiny, so that times mean nothing; no target counts these."""
+    autotuned: bool
+    """Whether Triton kernels were tuned; files from before that was told lack it."""
     settled: bool
     """Whether the allocator was kept from returning memory to the system."""
     started: str
@@ -139,6 +141,8 @@ def _surroundings(chosen: Settings) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(chosen.threads)
+        if chosen.autotune:
+            stack.enter_context(dispatch.autotuned())
         stack.enter_context(torch.random.fork_rng(devices=[chosen.device] if chosen.gpu else []))
         if chosen.helpers or "compiled" in chosen.modes:
             import torch._dynamo.config as dynamo  # here, since it takes a second
@@ -185,6 +189,8 @@ def _rows(cell: Cell, chosen: Settings, tick: Callable[[], object]) -> Iterator[
                     continue
                 if variant.saved is not None:
                     row["saved_bytes"] = variant.saved()
+                if row["autotuned"]:  # so that no peak holds what tuning takes
+                    timing.interleaved({"": variant.work}, clock="wall", repeats=0, least=0)
                 if cell.peaks and key[1] != "graph":
                     row["peak_bytes"] = timing.peak_bytes(variant.work.run, chosen.device)
                 timing.interleaved({"": variant.work}, clock="wall", repeats=0, least=0)
@@ -278,6 +284,7 @@ def _blank(cell: Cell, chosen: Settings, key: tuple[str, str]) -> Row:
             **({"cuda": torch.version.cuda} if torch.version.cuda and chosen.gpu else {}),
         },
         "quick": chosen.quick,
+        "autotuned": chosen.gpu and dispatch.autotunes(),
         "settled": False,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

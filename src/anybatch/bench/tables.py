@@ -39,13 +39,18 @@ def bytes_of(count: int | None) -> str:
     return "–" if count is None else f"{count / 2**20:,.1f}"
 
 
+def mode_of(row: Mapping[str, Any]) -> str:
+    """How it ran, and whether Triton kernels were tuned."""
+    return f"{row['mode']}, autotuned" if row.get("autotuned") else row["mode"]
+
+
 HEADINGS = ("case", "of", "variant", "mode", "ratio", "quartiles", "ms", "images/s", "kept, MiB", "ratio")
 HEADINGS += ("peak, MiB", "error")
 
 
 def line(row: Mapping[str, Any]) -> list[str]:
     """One row under `HEADINGS`; of one that was not timed, why."""
-    told = [row["case"], size_of(row["facts"]), row["variant"], row["mode"]]
+    told = [row["case"], size_of(row["facts"]), row["variant"], mode_of(row)]
     if row["status"] != "ok":
         return [*told, row["status"], str(row["message"]), *[""] * 5, short(row["error"], 2)]
     if row["value"] is not None:
@@ -107,7 +112,7 @@ def _mean_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         if row["status"] == "ok" and row["ratio"] is not None and row["variant"] != row["baseline"]:
             name = row["variant"].partition("(window")[0]
             facts = row["facts"]
-            key = (name, row["mode"], facts["memory_format"], str(facts["batch_size"]), row["precision"])
+            key = (name, mode_of(row), facts["memory_format"], str(facts["batch_size"]), row["precision"])
             groups.setdefault(key, []).append(row)
     made = []
     for key, members in groups.items():

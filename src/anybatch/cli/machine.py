@@ -48,6 +48,10 @@ def bench(
         ),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time everything under torch.compile too.")] = False,
+    autotune: Annotated[
+        bool,
+        typer.Option("--autotune", help="Launch Triton kernels in the fastest of a few ways, timed first; on CUDA."),
+    ] = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds, each of which times every variant once.")] = None,
     threads: Annotated[
         int, typer.Option(min=1, help="Of the CPU; one is timed by processor time, more by the wall's.")
@@ -75,6 +79,7 @@ def bench(
         precision=precision,
         channels_last=channels_last,
         compile=compiled,
+        autotune=autotune,
         repeats=repeats,
         threads=threads,
         quick=quick,

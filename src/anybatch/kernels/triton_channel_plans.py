@@ -12,6 +12,7 @@ import torch
 
 from anybatch.kernels.layouts import Layout, layout_of
 from anybatch.kernels.triton_common import Dtypes, Plan, pieces, planned, power_of_two
+from anybatch.kernels.triton_tuning import RULE, Launch, Tuned, Way, class_of
 
 _TILE = 2048
 """Values that a program reads at once: 16 for each of its 128 threads."""
@@ -28,38 +29,43 @@ class Norm(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """How the positions and channels of a sample are split among programs."""
+    """How the positions and channels of samples are split among programs."""
 
+    samples: int
     positions: int
     channels: int
-    rows: int
-    columns: int
     chunk: int
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.channels // self.columns)
+    last: bool  # whether channels lie side by side
 
     @property
     def chunks(self) -> int:
         return -(-self.positions // self.chunk)
 
-    def programs(self, chunk: int) -> int:
-        return -(-self.positions // chunk) * self.blocks
+    def plan(self, kernel: Any, numbers: tuple[Any, ...], way: Way, length: int | None = None, others: int = 0) -> Plan:
+        """Of programs that see so many positions, by default those of a tile, and of some others in front."""
+        rows, columns = _tile(self.positions, self.channels, self.last, way)
+        programs = -(-self.positions // (length or rows)) * -(-self.channels // columns)
+        grid = (others + self.samples * programs,)
+        return Plan(kernel, grid, (*numbers, rows, columns), way.of_warps(4))
+
+
+def _tile(positions: int, channels: int, last: bool, way: Way = RULE) -> tuple[int, int]:
+    """Positions and channels that a program reads at once."""
+    values = way.of_values(_TILE)
+    if last or positions == 1:
+        columns = min(power_of_two(channels), max(64, values // power_of_two(positions)))
+        return min(power_of_two(positions), max(1, values // columns)), columns
+    rows = min(power_of_two(positions), 1024)
+    return rows, min(power_of_two(channels), values // rows)
 
 
 def _tiles(shape: torch.Size, layout: Layout) -> _Tiles:
     channels, positions = shape[1], math.prod(shape[2:])
-    if layout.channel == 1 or positions == 1:
-        columns = min(power_of_two(channels), max(64, _TILE // power_of_two(positions)))
-        rows = min(power_of_two(positions), max(1, _TILE // columns))
-    else:
-        rows = min(power_of_two(positions), 1024)
-        columns = min(power_of_two(channels), _TILE // rows)
+    rows, columns = _tile(positions, channels, layout.channel == 1)
     # 64 programs a sample or more, each of 64 tiles or less, so that single images fill a GPU and few sums are left.
     tiles, blocks = -(-positions // rows), -(-channels // columns)
     chunks = min(tiles, max(64 // blocks, -(-tiles // 64), 1))
-    return _Tiles(positions, channels, rows, columns, -(-tiles // chunks) * rows)
+    return _Tiles(shape[0], positions, channels, -(-tiles // chunks) * rows, layout.channel == 1)
 
 
 def _joining(size: int, chunks: int) -> tuple[int, int]:
@@ -68,23 +74,27 @@ def _joining(size: int, chunks: int) -> tuple[int, int]:
     return min(power_of_two(chunks), max(1, _TILE // block)), block
 
 
+def _moments(tiles: _Tiles, shape: torch.Size, layout: Layout, dtype: torch.dtype | None) -> Tuned:
+    kernel, numbers = _kernels().moments, (tiles.positions, tiles.channels, tiles.chunk, tiles.chunks, *layout)
+    return Tuned(lambda way: tiles.plan(kernel, numbers, way, tiles.chunk), (class_of(shape, layout), dtype))
+
+
 class Forward(NamedTuple):
-    moments: Plan
+    moments: Launch
     numbers: Plan
-    applied: Plan
+    applied: Launch
     chunks: int
     rows: int  # of the table of numbers
 
 
 @planned
 def forward(
-    norm: Norm, shape: torch.Size, strides: tuple[int, ...], strides_of_y: tuple[int, ...], shared: int, _: Dtypes
+    norm: Norm, shape: torch.Size, strides: tuple[int, ...], strides_of_y: tuple[int, ...], shared: int, dtypes: Dtypes
 ) -> Forward:
     kernels, layout, (n, channels) = _kernels(), layout_of(shape, strides), shape[:2]
+    of_y = layout_of(shape, strides_of_y)
     tiles, row = _tiles(shape, layout), shape[0] * shape[1]
     joined = (tiles.positions, channels, tiles.chunk, tiles.chunks)
-    sizes = (tiles.rows, tiles.columns)
-    moments = Plan(kernels.moments, (n * tiles.programs(tiles.chunk),), (*joined, *layout, *sizes))
     if norm.groups:
         size = channels // norm.groups
         given = (*joined, norm.groups, shared, row, norm.eps, *_joining(size, tiles.chunks))
@@ -93,15 +103,19 @@ def forward(
         block = min(power_of_two(channels), 32)
         given = (*joined, shared, row, norm.eps, *_joining(block, tiles.chunks))
         numbers = Plan(kernels.response_numbers, (n * -(-channels // block),), given)
-    given = (tiles.positions, channels, row, *layout, *layout_of(shape, strides_of_y), norm.activation, *sizes)
-    applied = Plan(kernels.applied, (n * tiles.programs(tiles.rows),), given)
+    of_positions = (tiles.positions, channels, row, *layout, *of_y, norm.activation)
+    applied = Tuned(
+        lambda way: tiles.plan(kernels.applied, of_positions, way),
+        (class_of(shape, layout, of_y), norm.activation, dtypes),
+    )
+    moments = _moments(tiles, shape, layout, dtypes[0])
     return Forward(moments, numbers, applied, tiles.chunks, 6 if norm.groups else 4)
 
 
 class Backward(NamedTuple):
-    sums: Plan
+    sums: Launch
     coefficients: Plan
-    combined: Plan
+    combined: Launch
     chunks: int
 
 
@@ -114,13 +128,16 @@ def backward(
     strides_of_g_x: tuple[int, ...],
     shared: int,
     rows: int,
-    _: Dtypes,
+    dtypes: Dtypes,
 ) -> Backward:
     kernels, layout, (n, channels) = _kernels(), layout_of(shape, strides), shape[:2]
     tiles, row, of_g = _tiles(shape, layout), shape[0] * shape[1], layout_of(shape, strides_of_g)
-    sizes = (tiles.rows, tiles.columns)
-    given = (tiles.positions, channels, tiles.chunk, tiles.chunks, row, *of_g, *layout, norm.activation, *sizes)
-    sums = Plan(kernels.gradient_sums, (n * tiles.programs(tiles.chunk),), given)
+    of_g_x = layout_of(shape, strides_of_g_x)
+    of_chunks = (tiles.positions, channels, tiles.chunk, tiles.chunks, row, *of_g, *layout, norm.activation)
+    sums = Tuned(
+        lambda way: tiles.plan(kernels.gradient_sums, of_chunks, way, tiles.chunk),
+        (class_of(shape, of_g, layout), norm.activation, dtypes),
+    )
     joined = (tiles.positions, channels, tiles.chunks)
     if norm.groups:
         size = channels // norm.groups
@@ -133,29 +150,31 @@ def backward(
         given = (*joined, shared, row, *_joining(block, tiles.chunks))
         coefficients = Plan(kernels.response_coefficients, (n * -(-channels // block),), given)
     adders = -(-rows * channels // 64)
-    given = (
-        *(n, rows * channels, adders, tiles.positions, channels, row),
-        *of_g, *layout, *layout_of(shape, strides_of_g_x), norm.activation, 16, 64, *sizes,
+    of_positions = (
+        *(n, rows * channels, adders, tiles.positions, channels, row), *of_g, *layout, *of_g_x, norm.activation, 16, 64,
     )  # fmt: skip
-    combined = Plan(kernels.combined, (adders + n * tiles.programs(tiles.rows),), given)
+    combined = Tuned(
+        lambda way: tiles.plan(kernels.combined, of_positions, way, others=adders),
+        (class_of(shape, of_g, layout, of_g_x), norm.activation, dtypes),
+    )
     return Backward(sums, coefficients, combined, tiles.chunks)
 
 
 class BatchMoments(NamedTuple):
-    moments: Plan
+    moments: Launch
     joined: Plan
     chunks: int
 
 
 @planned
-def batch_moments(shape: torch.Size, strides: tuple[int, ...], _: torch.dtype) -> BatchMoments:
+def batch_moments(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> BatchMoments:
     """Of each channel over all samples."""
-    kernels, layout, (n, channels) = _kernels(), layout_of(shape, strides), shape[:2]
+    layout, (n, channels) = layout_of(shape, strides), shape[:2]
     tiles = _tiles(shape, layout)
     joined = (tiles.positions, channels, tiles.chunk, tiles.chunks)
-    moments = Plan(kernels.moments, (n * tiles.programs(tiles.chunk),), (*joined, *layout, tiles.rows, tiles.columns))
     numbers = (*joined, n * tiles.chunks, float(n * tiles.positions), 64, 16)
-    return BatchMoments(moments, Plan(kernels.joined_samples, (-(-channels // 16),), numbers), tiles.chunks)
+    joining = Plan(_kernels().joined_samples, (-(-channels // 16),), numbers)
+    return BatchMoments(_moments(tiles, shape, layout, dtype), joining, tiles.chunks)
 
 
 def _whole_tiles(norm: Norm, shape: torch.Size, layout: Layout, itemsize: int) -> tuple[int, int] | None:
@@ -169,6 +188,18 @@ def _whole_tiles(norm: Norm, shape: torch.Size, layout: Layout, itemsize: int) -
     return (positions, columns) if positions * columns <= _WHOLE else None
 
 
+def _held(
+    kernel: Any, shape: torch.Size, layout: Layout, tiles: tuple[int, int], numbers: tuple[Any, ...], way: Way
+) -> Plan:
+    """Of a kernel that holds groups whole, ``tiles`` of them or, where a program can, some times as many."""
+    positions, columns = tiles
+    wide = way.of_values(columns)
+    if wide <= power_of_two(shape[1]) and positions * wide <= _WHOLE:
+        columns = wide
+    grid = (shape[0] * -(-shape[1] // columns),)
+    return Plan(kernel, grid, (*numbers, positions, columns), way.of_warps(_warps(math.prod(tiles), layout)))
+
+
 def _warps(values: int, layout: Layout) -> int:
     # With positions side by side, which no 16 bytes may hold, addresses take registers too, of which 8 warps have more.
     return min(max(values // 512, 4), 16 if layout.channel == 1 else 8)
@@ -177,22 +208,19 @@ def _warps(values: int, layout: Layout) -> int:
 @planned
 def whole_forward(
     norm: Norm, shape: torch.Size, strides: tuple[int, ...], strides_of_y: tuple[int, ...], shared: int, dtypes: Dtypes
-) -> Plan | None:
+) -> Launch | None:
     """The whole norm in one launch, where a program holds groups whole."""
-    layout, (n, channels) = layout_of(shape, strides), shape[:2]
+    layout, of_y, channels = layout_of(shape, strides), layout_of(shape, strides_of_y), shape[1]
     if dtypes[0] is None or (tiles := _whole_tiles(norm, shape, layout, dtypes[0].itemsize)) is None:
         return None
-    numbers = (
-        math.prod(shape[2:]), channels, shared, *layout, *layout_of(shape, strides_of_y), norm.eps,
-        norm.activation, channels // norm.groups, *tiles,
-    )  # fmt: skip
-    return Plan(
-        _group_kernels().whole_groups, (n * -(-channels // tiles[1]),), numbers, _warps(math.prod(tiles), layout)
-    )
+    size, kernel = channels // norm.groups, _group_kernels().whole_groups
+    numbers = (math.prod(shape[2:]), channels, shared, *layout, *of_y, norm.eps, norm.activation, size)
+    about = (class_of(shape, layout, of_y), size, norm.activation, dtypes)
+    return Tuned(lambda way: _held(kernel, shape, layout, tiles, numbers, way), about)
 
 
 class WholeBackward(NamedTuple):
-    plan: Plan
+    plan: Launch
     adding_up: Plan
 
 
@@ -209,14 +237,15 @@ def whole_backward(
 ) -> WholeBackward | None:
     """Likewise of the gradients, and the sums of the parameters' over samples."""
     layout, (n, channels) = layout_of(shape, strides), shape[:2]
+    of_g, of_g_x = layout_of(shape, strides_of_g), layout_of(shape, strides_of_g_x)
     if dtypes[0] is None or (tiles := _whole_tiles(norm, shape, layout, dtypes[0].itemsize)) is None:
         return None
+    size, kernel = channels // norm.groups, _group_kernels().through_whole_groups
     numbers = (
-        math.prod(shape[2:]), channels, shared, *layout_of(shape, strides_of_g), *layout,
-        *layout_of(shape, strides_of_g_x), norm.eps, norm.activation, shared > 1, channels // norm.groups, *tiles,
+        math.prod(shape[2:]), channels, shared, *of_g, *layout, *of_g_x, norm.eps, norm.activation, shared > 1, size,
     )  # fmt: skip
-    grid = (n * -(-channels // tiles[1]),)
-    plan = Plan(_group_kernels().through_whole_groups, grid, numbers, _warps(math.prod(tiles), layout))
+    about = (class_of(shape, of_g, layout, of_g_x), size, norm.activation, shared > 1, dtypes)
+    plan = Tuned(lambda way: _held(kernel, shape, layout, tiles, numbers, way), about)
     adding_up = Plan(pieces().added_up, (-(-rows * channels // 64),), (n, rows * channels, 16, 64))
     return WholeBackward(plan, adding_up)
 

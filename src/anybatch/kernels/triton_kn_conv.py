@@ -27,6 +27,7 @@ from anybatch.kernels.triton_common import (
     refused_device,
     refused_layout,
 )
+from anybatch.kernels.triton_tuning import Launch, Tuned, Way, class_of
 from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
 from anybatch.methods.windows import Windows
@@ -71,11 +72,15 @@ def _blocks(channels: int, positions: int, layout: Layout, tile: int = _TILE) ->
 
 
 @planned
-def _pixels(shape: torch.Size, strides: tuple[int, ...], _: torch.dtype, p: float, drops: bool) -> Plan:
+def _pixels(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, p: float, drops: bool) -> Launch:
     layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
-    rows, columns = _blocks(channels, positions, layout)
-    numbers = (dropout_threshold(p), positions, channels, *layout, drops, rows, columns)
-    return Plan(_kernels().pixel_moments, (n * -(-positions // rows),), numbers)
+    kernel, numbers = _kernels().pixel_moments, (dropout_threshold(p), positions, channels, *layout, drops)
+
+    def plan(way: Way) -> Plan:
+        rows, columns = _blocks(channels, positions, layout, way.of_values(_TILE))
+        return Plan(kernel, (n * -(-positions // rows),), (*numbers, rows, columns), way.of_warps(4))
+
+    return Tuned(plan, (class_of(shape, layout), dtype, drops))
 
 
 @planned
@@ -97,18 +102,24 @@ def _normalizing(
     alone: bool,
     relu: bool,
     dtypes: Dtypes,
-) -> Plan:
+) -> Launch:
     layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
-    rows, columns = _blocks(filters, windows, layout)
+    kernel, flags = _kernels().normalized, (drops, rests, dtypes[1] is not None, residual, alone, relu)
     numbers = (
         windows, filters, *layout, *three(positions), *three(shape[2:])[1:], *places(at), 1 - p, eps,
-        drops, rests, dtypes[1] is not None, residual, alone, relu, power_of_two(at.positions), rows, columns,
+        *flags, power_of_two(at.positions),
     )  # fmt: skip
-    return Plan(_kernels().normalized, (n * -(-windows // rows), -(-filters // columns)), numbers)
+
+    def plan(way: Way) -> Plan:
+        rows, columns = _blocks(filters, windows, layout, way.of_values(_TILE))
+        grid = (n * -(-windows // rows), -(-filters // columns))
+        return Plan(kernel, grid, (*numbers, rows, columns), way.of_warps(4))
+
+    return Tuned(plan, (class_of(shape, layout), at.kernel, at.stride, flags, dtypes), overwritten=(0,))
 
 
 class _Pulling(NamedTuple):
-    plan: Plan
+    plan: Launch
     adding_up: Plan
     programs: int
 
@@ -130,13 +141,16 @@ def _pulling(
     while sees_all and together < windows and n * windows > 512 * together:
         together *= 2  # fewer sums to add up where there are programs enough for every processor
     programs = n * -(-windows // together)
-    numbers = (
-        windows, filters, *layout,
-        drops, dtypes[1] is not None, alone, subtracts, relu, masked, sees_all, together, rows, columns,
-    )  # fmt: skip
+    kernel, flags = _kernels().pulled, (drops, dtypes[1] is not None, alone, subtracts, relu, masked)
+    numbers = (windows, filters, *layout, *flags, sees_all, together)
+
+    def plan(way: Way) -> Plan:
+        at_once = way.of_values(rows) if sees_all else rows
+        return Plan(kernel, (programs,), (*numbers, at_once, columns), way.of_warps(4))
+
     sums = filters * (1 + drops)
     adding_up = Plan(pieces().added_up, (-(-sums // 16),), (programs, sums, 64, 16))
-    return _Pulling(Plan(_kernels().pulled, (programs,), numbers), adding_up, programs)
+    return _Pulling(Tuned(plan, (class_of(shape, layout), flags, dtypes)), adding_up, programs)
 
 
 @planned
@@ -153,15 +167,21 @@ def _through_moments(
     at: Windows,
     p: float,
     drops: bool,
-    _: torch.dtype,
-) -> Plan:
+    dtype: torch.dtype,
+) -> Launch:
     layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
-    rows, columns = _blocks(channels, positions, layout)
+    of_x, kernel = layout_of(shape, strides_of_x), _kernels().through_moments
     numbers = (
-        dropout_threshold(p), positions, channels, *layout, *layout_of(shape, strides_of_x), *three(shape[2:])[1:],
-        *three(windows), *places(at), 1 - p, drops, power_of_two(at.positions), rows, columns,
+        dropout_threshold(p), positions, channels, *layout, *of_x, *three(shape[2:])[1:],
+        *three(windows), *places(at), 1 - p, drops, power_of_two(at.positions),
     )  # fmt: skip
-    return Plan(_kernels().through_moments, (n * -(-positions // rows), -(-channels // columns)), numbers)
+
+    def plan(way: Way) -> Plan:
+        rows, columns = _blocks(channels, positions, layout, way.of_values(_TILE))
+        grid = (n * -(-positions // rows), -(-channels // columns))
+        return Plan(kernel, grid, (*numbers, rows, columns), way.of_warps(4))
+
+    return Tuned(plan, (class_of(shape, layout, of_x), at.kernel, at.stride, dtype, drops), overwritten=(0,))
 
 
 class TritonStages(Stages):

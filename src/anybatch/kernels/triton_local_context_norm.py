@@ -32,6 +32,7 @@ from anybatch.kernels.triton_common import (
     refused_device,
     refused_parameters,
 )
+from anybatch.kernels.triton_tuning import Launch, Tuned, class_of
 from anybatch.methods.group_norm import group_norm
 from anybatch.methods.local_context_norm import Window, local_context_norm
 
@@ -127,7 +128,7 @@ def _boxed(options: _Options, shape: torch.Size, moments: bool) -> tuple[Plan, .
 class _Moments(NamedTuple):
     """Those over all dimensions of windows but the first of several."""
 
-    pixels: Plan
+    pixels: Launch
     boxed: tuple[Plan, ...]
 
     def __call__(self, x: Tensor, fields: list[Tensor]) -> None:
@@ -142,30 +143,36 @@ def _along(plans: tuple[Plan, ...], fields: list[Tensor]) -> None:
         fields.reverse()
 
 
-def _taking_moments(options: _Options, shape: torch.Size, layout: Layout) -> _Moments:
+def _tuned(kernel: Any, tiles: _Tiles, n: int, numbers: tuple[Any, ...], about: tuple[Any, ...]) -> Tuned:
+    """A launch over tiles of ``n`` samples, with as many warps as are fastest."""
+    grid = (n * tiles.parts * tiles.blocks,)
+    return Tuned(lambda way: Plan(kernel, grid, numbers, way.of_warps(tiles.warps)), (tiles.each, tiles.window, *about))
+
+
+def _taking_moments(options: _Options, shape: torch.Size, layout: Layout, dtype: torch.dtype | None) -> _Moments:
     n, positions = shape[0], math.prod(shape[2:])
     tiles = _tiles(options, shape, layout)
     # Of positions wherever they are: a dimension of one position in front of them.
     tiles = tiles._replace(size=1, window=1, inner=positions)
     numbers = (positions, tiles.groups, n * positions * tiles.groups, *layout, *tiles.constants)
-    pixels = Plan(_kernels().pixel_moments, (n * tiles.parts * tiles.blocks,), numbers, tiles.warps)
+    pixels = _tuned(_kernels().pixel_moments, tiles, n, numbers, (class_of(shape, layout), dtype))
     return _Moments(pixels, _boxed(options, shape, True))
 
 
 class _Forward(NamedTuple):
     moments: _Moments
-    normalized: Plan
+    normalized: Launch
 
 
 @planned
 def _forward(
-    options: _Options, shape: torch.Size, strides: tuple[int, ...], strides_of_y: tuple[int, ...], _: Dtypes
+    options: _Options, shape: torch.Size, strides: tuple[int, ...], strides_of_y: tuple[int, ...], dtypes: Dtypes
 ) -> _Forward:
-    layout = layout_of(shape, strides)
+    layout, of_y = layout_of(shape, strides), layout_of(shape, strides_of_y)
     tiles = _tiles(options, shape, layout)
-    numbers = (*_sizes(tiles, shape), *layout, *layout_of(shape, strides_of_y), options.eps, *tiles.constants)
-    normalized = Plan(_kernels().normalized, (shape[0] * tiles.parts * tiles.blocks,), numbers, tiles.warps)
-    return _Forward(_taking_moments(options, shape, layout), normalized)
+    numbers = (*_sizes(tiles, shape), *layout, *of_y, options.eps, *tiles.constants)
+    normalized = _tuned(_kernels().normalized, tiles, shape[0], numbers, (class_of(shape, layout, of_y), dtypes))
+    return _Forward(_taking_moments(options, shape, layout, dtypes[0]), normalized)
 
 
 def _sizes(tiles: _Tiles, shape: torch.Size) -> tuple[int, ...]:
@@ -175,11 +182,11 @@ def _sizes(tiles: _Tiles, shape: torch.Size) -> tuple[int, ...]:
 
 class _Backward(NamedTuple):
     moments: _Moments
-    pulled: Plan
+    pulled: Launch
     adding_up: Plan
     programs: int
     boxed: tuple[Plan, ...]
-    combined: Plan
+    combined: Launch
 
 
 @planned
@@ -189,17 +196,18 @@ def _backward(
     strides: tuple[int, ...],
     strides_of_g: tuple[int, ...],
     strides_of_g_x: tuple[int, ...],
-    _: Dtypes,
+    dtypes: Dtypes,
 ) -> _Backward:
     kernels, layout, of_g = _kernels(), layout_of(shape, strides), layout_of(shape, strides_of_g)
     tiles, channels = _tiles(options, shape, layout, _TILE // 2), shape[1]  # of several tensors
     programs, values = shape[0] * tiles.parts, options.each * math.prod(options.windows)
     numbers = (*_sizes(tiles, shape), values, *of_g, *layout, options.eps, *tiles.constants)
-    pulled = Plan(kernels.pulled, (programs * tiles.blocks,), numbers, tiles.warps)
+    pulled = _tuned(kernels.pulled, tiles, shape[0], numbers, (class_of(shape, of_g, layout), dtypes))
     adding_up = Plan(pieces().added_up, (-(-2 * channels // 16),), (programs, 2 * channels, 64, 16))
-    numbers = (*_sizes(tiles, shape), *of_g, *layout, *layout_of(shape, strides_of_g_x), *tiles.constants)
-    combined = Plan(kernels.combined, (programs * tiles.blocks,), numbers, tiles.warps)
-    moments = _taking_moments(options, shape, layout)
+    of_g_x = layout_of(shape, strides_of_g_x)
+    numbers = (*_sizes(tiles, shape), *of_g, *layout, *of_g_x, *tiles.constants)
+    combined = _tuned(kernels.combined, tiles, shape[0], numbers, (class_of(shape, of_g, layout, of_g_x), dtypes))
+    moments = _taking_moments(options, shape, layout, dtypes[0])
     return _Backward(moments, pulled, adding_up, programs, _boxed(options, shape, False), combined)
 
 

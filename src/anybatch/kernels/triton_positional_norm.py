@@ -29,6 +29,7 @@ from anybatch.kernels.triton_common import (
     refused_device,
     refused_parameters,
 )
+from anybatch.kernels.triton_tuning import Launch, Tuned, Way, class_of
 from anybatch.methods.positional_norm import positional_norm
 
 _TILE = 4096
@@ -58,19 +59,25 @@ def _blocks(shape: torch.Size, layout: Layout, tile: int) -> tuple[int, int]:
 
 @planned
 def _normalizing(
-    options: _Options, shape: torch.Size, strides: tuple[int, ...], strides_of_y: tuple[int, ...], _: Dtypes
-) -> Plan:
+    options: _Options, shape: torch.Size, strides: tuple[int, ...], strides_of_y: tuple[int, ...], dtypes: Dtypes
+) -> Launch:
     layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
-    rows, columns = _blocks(shape, layout, _TILE)
+    of_y, kernel = layout_of(shape, strides_of_y), _kernels().normalized
     numbers = (
-        positions, channels, n * positions, *layout, *layout_of(shape, strides_of_y),
-        options.divisor(channels), options.eps, options.activation, columns >= channels, rows, columns,
+        positions, channels, n * positions, *layout, *of_y,
+        options.divisor(channels), options.eps, options.activation,
     )  # fmt: skip
-    return Plan(_kernels().normalized, (n * -(-positions // rows),), numbers)
+
+    def plan(way: Way) -> Plan:
+        rows, columns = _blocks(shape, layout, way.of_values(_TILE))
+        grid = (n * -(-positions // rows),)
+        return Plan(kernel, grid, (*numbers, columns >= channels, rows, columns), way.of_warps(4))
+
+    return Tuned(plan, (class_of(shape, layout, of_y), options.activation, dtypes))
 
 
 class _Pulling(NamedTuple):
-    plan: Plan
+    plan: Launch
     adding_up: Plan
     programs: int
 
@@ -82,21 +89,27 @@ def _pulling(
     strides: tuple[int, ...],
     strides_of_g: tuple[int, ...],
     strides_of_g_x: tuple[int, ...],
-    _: Dtypes,
+    dtypes: Dtypes,
 ) -> _Pulling:
     layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
+    of_g, of_g_x, kernel = layout_of(shape, strides_of_g), layout_of(shape, strides_of_g_x), _kernels().pulled
     rows, columns = _blocks(shape, layout, _TILE // 2)  # of several tensors
     sees_all, together = columns >= channels, rows
     while sees_all and together < positions and n * positions > 512 * together:
         together *= 2  # fewer sums to add up where there are programs enough for every processor
     programs = n * -(-positions // together)
     numbers = (
-        positions, channels, n * positions, *layout_of(shape, strides_of_g), *layout,
-        *layout_of(shape, strides_of_g_x), options.divisor(channels), options.activation, sees_all, together, rows,
-        columns,
+        positions, channels, n * positions, *of_g, *layout, *of_g_x,
+        options.divisor(channels), options.activation, sees_all, together,
     )  # fmt: skip
+
+    def plan(way: Way) -> Plan:
+        at_once = way.of_values(rows) if sees_all else rows
+        return Plan(kernel, (programs,), (*numbers, at_once, columns), way.of_warps(4))
+
+    about = (class_of(shape, of_g, layout, of_g_x), options.activation, dtypes)
     adding_up = Plan(pieces().added_up, (-(-2 * channels // 16),), (programs, 2 * channels, 64, 16))
-    return _Pulling(Plan(_kernels().pulled, (programs,), numbers), adding_up, programs)
+    return _Pulling(Tuned(plan, about), adding_up, programs)
 
 
 class _PositionalNorm(torch.autograd.Function):

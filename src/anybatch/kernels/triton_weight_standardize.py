@@ -16,24 +16,41 @@ from torch import Tensor, nn
 
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.recompute import recomputed_gradients
-from anybatch.kernels.triton_common import Dtypes, Plan, dtypes_of, on_its_device, planned, refused_device
+from anybatch.kernels.triton_common import (
+    Dtypes,
+    Plan,
+    dtypes_of,
+    on_its_device,
+    planned,
+    power_of_two,
+    refused_device,
+)
 from anybatch.kernels.triton_tables import DTYPES, LARGE, aligned, block, dense_rows, on, owners, table, triton_type
+from anybatch.kernels.triton_tuning import Launch, Tuned, Way
 from anybatch.methods.filters import Rule, StandardizedFilter, standardize_together
 from anybatch.methods.scaled_weight_standardization import filter_rule, scaled_weight_standardize
 from anybatch.methods.weight_standardization import VARIANTS, variant_rule, weight_standardize
 
 
-@planned
-def _standardizing(filters: int, size: int, rule: Rule, _: Dtypes) -> Plan:
+def _of_rows(kernel: Any, filters: int, size: int, numbers: tuple[Any, ...], about: tuple[Any, ...]) -> Launch:
+    """One program for each of so many filters, the largest of so many values."""
     width, warps = block(size)
-    numbers = (filters, size, rule.divisor(size), rule.eps, rule.place, width)
-    return Plan(_kernels().standardize_filters, (filters,), numbers, warps)
+
+    def plan(way: Way) -> Plan:
+        return Plan(kernel, (filters,), (*numbers, way.of_values(width)), way.of_warps(warps))
+
+    return Tuned(plan, (power_of_two(filters), power_of_two(size), *about))
 
 
 @planned
-def _pulling(filters: int, size: int, _: Dtypes) -> Plan:
-    width, warps = block(size)
-    return Plan(_kernels().pull_filters, (filters,), (filters, size, width), warps)
+def _standardizing(filters: int, size: int, rule: Rule, dtypes: Dtypes) -> Launch:
+    numbers = (filters, size, rule.divisor(size), rule.eps, rule.place)
+    return _of_rows(_kernels().standardize_filters, filters, size, numbers, (rule.place, dtypes))
+
+
+@planned
+def _pulling(filters: int, size: int, dtypes: Dtypes) -> Launch:
+    return _of_rows(_kernels().pull_filters, filters, size, (filters, size), (dtypes,))
 
 
 class _Standardize(torch.autograd.Function):
@@ -141,16 +158,15 @@ def _tables(members: Sequence[_Member], last: Sequence[tuple[int, ...]]) -> tupl
 
 
 @planned
-def _standardizing_all(kind: _Kind, programs: int, filters: int) -> Plan:
-    width, warps = block(LARGE + kind.large)
-    numbers = (filters, *kind.constants, kind.place, kind.aligned, width)
-    return Plan(_kernels().standardize_all, (programs,), numbers, warps)
+def _standardizing_all(kind: _Kind, programs: int, filters: int) -> Launch:
+    numbers = (filters, *kind.constants, kind.place, kind.aligned)
+    return _of_rows(_kernels().standardize_all, programs, LARGE + kind.large, numbers, kind)
 
 
 @planned
-def _pulling_all(kind: _Kind, programs: int, filters: int) -> Plan:
-    width, warps = block(LARGE + kind.large)
-    return Plan(_kernels().pull_all, (programs,), (filters, *kind.constants, kind.aligned, width), warps)
+def _pulling_all(kind: _Kind, programs: int, filters: int) -> Launch:
+    numbers = (filters, *kind.constants, kind.aligned)
+    return _of_rows(_kernels().pull_all, programs, LARGE + kind.large, numbers, kind)
 
 
 class _Batch:
