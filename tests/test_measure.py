@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from anybatch import measure, study
-
 _FAULTS = """
 import resource
 import torch
@@ -36,10 +34,3 @@ def test_a_settled_process_fetches_no_memory_again() -> None:
     told = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True).stdout
     before, after = map(int, told.split())
     assert after < 100 < before
-
-
-def test_processes_that_train_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-    monkeypatch.setattr(measure, "settle_allocator", lambda: called.append("settled"))
-    study._start_worker(1, None)
-    assert called == ["settled"]

@@ -169,9 +169,6 @@ def train(recipe: Recipe, out: Path, console: Console, *, tensorboard: bool = Fa
 
         from anybatch import driver
         from anybatch import train as training
-        from anybatch.measure import settle_allocator
-
-        settle_allocator()
 
         def tell(state: driver.Progress) -> None:
             error = "" if state.error is None else f", error {100 * state.error:.1f} %"

@@ -51,7 +51,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
 def settle_allocator() -> bool:
     """Keep glibc from handing freed memory back to the system, for good; True where there is glibc to be told so.
 
-    Training steps fetch it again each time, which costs 5 to 15 % of them. For processes that do nothing else.
+    Training steps of larger networks fetch it again each time, which costs 5 to 15 % of them; how much falls on whom is
+    chance. For measurements alone: steps of small networks may take longer so (docs/log.md).
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -333,10 +333,7 @@ def _start_worker(threads: int, messages: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from anybatch.measure import settle_allocator
-
     torch.set_num_threads(threads)
-    settle_allocator()
     globals()["_messages"] = messages
 
 
