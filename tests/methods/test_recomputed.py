@@ -86,6 +86,20 @@ def test_second_derivatives_of_a_fused_norm() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_layer_that_overwrites_what_it_takes() -> None:
+    layer = nn.Sequential(nn.Hardswish(inplace=True), nn.Conv2d(8, 8, 3))
+    plain = nn.Sequential(*fused(GroupNorm(8, 4))[:2], layer)
+    ours, x = Recomputed(*copy.deepcopy(plain)), torch.randn(2, 8, 6, 6, requires_grad=True)
+    for got, expected in zip(passed(ours, x), passed(plain, x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[], [nn.Conv2d(8, 8, 3)]], ids=len)
+def test_fewer_than_two_layers(layers: list[nn.Module]) -> None:
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    torch.testing.assert_close(Recomputed(*layers)(x), nn.Sequential(*layers)(x), rtol=0, atol=0)
+
+
 def test_an_input_that_was_overwritten_is_an_error() -> None:
     x = torch.randn(2, 8, 4, 4)
     y = Recomputed(*fused(GroupNorm(8, 4)))(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +50,20 @@ class Recomputed(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(input)
-        norm, *between, layer = self
-        lean = isinstance(norm, ChannelLayer) and isinstance(norm, TakesActivation)
-        if lean and all(isinstance(one, nn.Identity) for one in between) and _is_plain(input):
-            return _without_between(norm, layer, input)
+        layers = list(self)
+        if len(layers) > 1 and _keeps_input_alone(layers[:-1]) and _is_plain(input):
+            return _without_between(layers[:-1], layers[-1], input)
         return checkpoint(super().forward, input, use_reentrant=False)
+
+
+def _keeps_input_alone(front: list[nn.Module]) -> bool:
+    """Whether it is a norm that draws nothing and applies its activation, with identities behind."""
+    norm, *behind = front
+    return (
+        isinstance(norm, ChannelLayer)
+        and isinstance(norm, TakesActivation)
+        and all(isinstance(one, nn.Identity) for one in behind)
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -65,23 +75,33 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-def _without_between(norm: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(norm(x))``, whose backward runs the norm again for what the layer took.
+def _without_between(front: list[nn.Module], layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(front(x))``, whose backward runs the front again for what the layer took.
 
-    A norm that draws nothing and applies its activation keeps its input and a few numbers anyway, so that the layer's
-    input is all there is to leave out, without the cost of a checkpoint.
+    The front keeps its input and a few numbers anyway, so that the layer's input is all there is to leave out, without
+    the cost of a checkpoint.
     """
-    y = norm(x)
-    place, version = (y.data_ptr(), y.shape, y.stride(), y.dtype), x._version
+
+    def run() -> Tensor:
+        y = x
+        for one in front:
+            y = one(y)
+        return y
 
     def anew() -> Tensor:
         if x._version != version:
             raise RuntimeError("the input of a Recomputed was overwritten before backward, which needs it")
         with torch.no_grad():
-            return norm(x)
+            return run()
+
+    def told(t: Tensor) -> tuple[Any, ...]:
+        return t.data_ptr(), t.shape, t.stride(), t.dtype, t._version  # that of what was overwritten since is another
+
+    y = run()
+    between, version = told(y), x._version
 
     def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        return anew if (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype) == place else kept
+        return anew if told(kept) == between else kept
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
