@@ -13,13 +13,20 @@ from anybatch.dispatch import autotuned
 from anybatch.kernels import (
     triton_channel_plans,
     triton_kn_conv,
+    triton_local_context_norm,
     triton_positional_norm,
     triton_tuning,
     triton_weight_standardize,
 )
 from anybatch.kernels.triton_common import Plan
 
-PLANNING = (triton_channel_plans, triton_kn_conv, triton_positional_norm, triton_weight_standardize)
+PLANNING = (
+    triton_channel_plans,
+    triton_kn_conv,
+    triton_local_context_norm,
+    triton_positional_norm,
+    triton_weight_standardize,
+)
 
 
 def forget_plans() -> None:

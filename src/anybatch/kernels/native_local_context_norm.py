@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
+from anybatch.kernels.local_windows import refused_windows
 from anybatch.kernels.native_common import as_map, function, numbers, passes, refused_native
 from anybatch.kernels.native_positional_norm import scales
 from anybatch.kernels.recompute import recomputed_gradients
-from anybatch.methods.local_context_norm import Window, local_context_norm
+from anybatch.methods.local_context_norm import Window, local_context_norm, windows_within
 
 
 class _LocalContextNorm(torch.autograd.Function):
@@ -53,9 +54,7 @@ class _LocalContextNorm(torch.autograd.Function):
 def _sizes(x: Tensor, window: Window) -> Any:
     """Height, width, and the window's, which is at most as large; of one dimension as of one row."""
     sizes = x.shape[2:]
-    each = (window,) * len(sizes) if isinstance(window, int) else window
-    kernel = tuple(min(w, size) for w, size in zip(each, sizes, strict=True))
-    return numbers(*(1,) * (2 - len(sizes)), *sizes, *(1,) * (2 - len(sizes)), *kernel)
+    return numbers(*(1,) * (2 - len(sizes)), *sizes, *(1,) * (2 - len(sizes)), *windows_within(window, sizes))
 
 
 def _refusal(
@@ -68,19 +67,12 @@ def _refusal(
     eps: float = 1e-5,
     released: bool = False,
 ) -> str | None:
-    if reason := refused_native(x):
+    if reason := refused_native(x) or refused_windows(x, window, channels_per_group, released):
         return reason
-    if released:
-        return "released=True has gradients of its own"
-    if not 3 <= x.dim() <= 4:
+    if x.dim() > 4:
         return f"x of shape {tuple(x.shape)} is no map of one or two dimensions"
-    each = (window,) * (x.dim() - 2) if isinstance(window, int) else tuple(window)
-    if len(each) != x.dim() - 2 or min(each) < 1 or channels_per_group < 1 or x.shape[1] % channels_per_group:
-        return "the arguments are none that local_context_norm takes"
-    if all(w >= size for w, size in zip(each, x.shape[2:], strict=True)):
+    if windows_within(window, x.shape[2:]) == tuple(x.shape[2:]):
         return "windows cover the map, so that it is group_norm's"
-    if channels_per_group == 1 and all(min(w, size) == 1 for w, size in zip(each, x.shape[2:], strict=True)):
-        return "a window holds one value"
     if any(
         p is not None and (p.numel() != x.shape[1] or p.dtype != x.dtype or not p.is_contiguous())
         for p in (weight, bias)

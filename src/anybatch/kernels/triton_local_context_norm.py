@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.layouts import Layout, layout_of
+from anybatch.kernels.local_windows import refused_windows
 from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.kernels.triton_common import (
     Dtypes,
@@ -34,7 +35,7 @@ from anybatch.kernels.triton_common import (
 )
 from anybatch.kernels.triton_tuning import Launch, Tuned, class_of
 from anybatch.methods.group_norm import group_norm
-from anybatch.methods.local_context_norm import Window, local_context_norm
+from anybatch.methods.local_context_norm import Window, local_context_norm, windows_within
 
 _TILE = 1024
 """Values that a program reads at once: 8 for each of its 128 threads, beside the sums of its groups."""
@@ -50,11 +51,6 @@ class _Options(NamedTuple):
     windows: tuple[int, ...]  # at most as large as the map
     each: int  # channels of a group
     eps: float
-
-
-def _windows(window: Window, sizes: torch.Size) -> tuple[int, ...]:
-    given = (window,) * len(sizes) if isinstance(window, int) else window
-    return tuple(min(w, size) for w, size in zip(given, sizes, strict=True))
 
 
 class _Tiles(NamedTuple):
@@ -268,23 +264,14 @@ def _refusal(
     eps: float = 1e-5,
     released: bool = False,
 ) -> str | None:
-    if reason := refused_device(x):
+    if reason := refused_device(x) or refused_windows(x, window, channels_per_group, released):
         return reason
-    if released:
-        return "released=True has gradients of its own"
-    if x.dim() < 3:
-        return f"x of shape {tuple(x.shape)} has no positions"
-    given = (window,) * (x.dim() - 2) if isinstance(window, int) else tuple(window)
-    if len(given) != x.dim() - 2 or min(given) < 1 or channels_per_group < 1 or x.shape[1] % channels_per_group:
-        return "the arguments are none that local_context_norm takes"
     if channels_per_group > _MOST_CHANNELS:
         return f"a group has {channels_per_group} channels, more than {_MOST_CHANNELS}"
     if any(p is not None and p.shape != x.shape[1:2] for p in (weight, bias)):
         return "weight or bias is not one number a channel of x"
     if reason := refused_activations(x) or refused_parameters(x, weight, bias):
         return reason
-    if channels_per_group * math.prod(_windows(window, x.shape[2:])) == 1:
-        return "a window holds one value"
     return f"a sample of x has {x[0].numel()} values, 2^31 or more" if x[0].numel() >= 2**31 else None
 
 
@@ -300,7 +287,7 @@ def triton_local_context_norm(
     eps: float = 1e-5,
     released: bool = False,
 ) -> Tensor:
-    windows = _windows(window, x.shape[2:])
+    windows = windows_within(window, x.shape[2:])
     if windows == tuple(x.shape[2:]):
         return group_norm(x, x.shape[1] // channels_per_group, weight, bias, eps=eps)
     return _LocalContextNorm.apply(_Options(windows, channels_per_group, eps), x, weight, bias)  # pyright: ignore[reportReturnType]

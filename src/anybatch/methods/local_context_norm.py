@@ -70,11 +70,10 @@ def local_context_norm(
     c, sizes = x.shape[1], x.shape[2:]
     if channels_per_group < 1 or c % channels_per_group:
         raise ValueError(f"channels_per_group={channels_per_group} does not divide the {c} channels of x")
-    windows = _windows(window, len(sizes))
+    windows = windows_within(window, sizes)
     groups = c // channels_per_group
-    if released and any(w >= size for w, size in zip(windows, sizes, strict=True)):
+    if released and any(w == size for w, size in zip(windows, sizes, strict=True)):
         windows = tuple(sizes)
-    windows = tuple(min(w, size) for w, size in zip(windows, sizes, strict=True))
     if channels_per_group * math.prod(windows) == 1:
         raise ValueError(
             f"window={window} and channels_per_group=1 leave one value in each window of x of shape {tuple(x.shape)}, "
@@ -101,6 +100,11 @@ def local_context_norm(
     rstd_ngc = torch.rsqrt(var_ng + eps).to(x_ngc.dtype).unsqueeze(2)
     y = ((x_ngc - mean_ngc) * rstd_ngc).flatten(1, 2)
     return scaled_and_shifted(y, weight, bias).to(x.dtype)
+
+
+def windows_within(window: Window, sizes: Sequence[int]) -> tuple[int, ...]:
+    """One window for each dimension, at most as large as it; a `ValueError` where ``window`` is none."""
+    return tuple(min(w, size) for w, size in zip(_windows(window, len(sizes)), sizes, strict=True))
 
 
 def _windows(window: Window, dims: int) -> tuple[int, ...]:
