@@ -76,17 +76,17 @@ class OpCase:
         var, mean = torch.var_mean(self.rows(args[0].double()), dim=1, correction=0)
         return 1 + (mean.abs() / var.sqrt().clamp_min(1e-3)).max().item()
 
-    def roundoff(self, args: tuple[Any, ...], exact: Tensor, terms: int = 1) -> float:
+    def roundoff(self, args: tuple[Any, ...], exact: Tensor, terms: int = 1, *, as_they_are: bool = False) -> float:
         """What a two-pass evaluation in float32 or wider may err, its result being rounded to the dtype of x.
 
         Four roundings (mean, difference, variance, root), each multiplied by the conditioning; ``terms`` of size 1
-        that are summed err as their root. A variance taken as E[x²] - E[x]² errs by the conditioning squared. A
-        convolution of values with a mean errs as that times the sum of its filter, which BatchNorm behind it and
-        KNConv take off again.
+        that are summed err as their root. A variance taken as E[x²] - E[x]² errs by the conditioning squared. Where
+        filters are convolved ``as_they_are``, the mean times the sum of each is taken off behind: it errs as a
+        convolution and BatchNorm do.
         """
         dtype = args[0].dtype
         wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        sums = args[1].double().flatten(1).sum(1).abs().max().item() if self.terms > 1 else 0.0
+        sums = args[1].double().flatten(1).sum(1).abs().max().item() if as_they_are else 0.0
         size = max(exact.abs().max().item(), (terms * self.terms) ** 0.5, sums)
         # The products of a convolution are of values rounded to the dtype.
         products = torch.finfo(dtype).eps * self.terms**0.5 if self.terms > 1 else 0.0

@@ -26,7 +26,7 @@ class Pixels(NamedTuple):
     """Of what dropout leaves, not scaled up; so is the variance."""
     var: Tensor
     own: Tensor | None
-    """The mean of all values; None without dropout."""
+    """The mean of all values; None without dropout, and where filters are convolved as they are."""
 
 
 class Filters(NamedTuple):
@@ -49,7 +49,7 @@ class Normalized(NamedTuple):
     scale: Tensor
     """1 / sqrt(var + eps)."""
     apart: Tensor | None
-    """A window's mean less that after dropout; None without dropout."""
+    """A window's mean less that after dropout; None without dropout, and where filters are convolved as they are."""
     own: Tensor | None
     """What the convolution gave, where its rounded sum with the skip connection does not tell it."""
 
@@ -64,11 +64,11 @@ class Pulled(NamedTuple):
     var: Tensor
     """Of each window's variance after dropout, (N, 1, *)."""
     own: Tensor | None
-    """Of each window's mean, (N, 1, *); None without dropout, where it is 0."""
+    """Of each window's mean, (N, 1, *), and the opposite of that of the mean after dropout; None where it is 0."""
     bias: Tensor
     """(O,)."""
     total: Tensor | None
-    """Of the sums of the filters, (O,); None without dropout."""
+    """Of the sums of the filters, (O,); None where it is 0."""
 
 
 class Stages:
