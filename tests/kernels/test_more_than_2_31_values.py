@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anybatch.dispatch import explain
 from anybatch.functional import group_norm, local_context_norm, positional_norm
-from helpers import assert_error_within
+from helpers import assert_error_within, error
 
 CHANNELS = 64
 POSITIONS = (1 << 12, (1 << 13) + 8)
@@ -47,9 +47,12 @@ def test_the_last_values_are_those_of_a_map_of_their_own(name: str) -> None:
     with torch.no_grad():
         y = op(x, *args)
         del x
-        expected = op.reference(some.double().repeat(1, 1, 2, 1), *args)
+        twice = some.repeat(1, 1, 2, 1)
+        expected = op.reference(twice.double(), *args)
+        rounding = 4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+        allowed = 2 * error(op.reference(twice, *args), expected) + rounding
         first = period - 3  # whose windows, and those of the rows behind it, lie within both maps
         for start in (first, POSITIONS[0] - 2 * period - 3):
             for channel in (0, CHANNELS - 1):
                 got, exact = y[:, channel, start : start + period], expected[:, channel, first : first + period]
-                assert_error_within(got, exact, 1e-4, f"rows from {start} of channel {channel}")
+                assert_error_within(got, exact, allowed, f"rows from {start} of channel {channel}")
