@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from anybatch import cli, measure
+from anybatch import cli
 
 
 @pytest.fixture(autouse=True)
-def _same_start_for_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "settle_allocator", lambda: False)  # which would stay with the tests that follow
+def _same_start_for_every_test() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 
 from anybatch import bench, cli, dispatch
-from anybatch.bench import cases, choice, layers, runner, settings, targets, timing
-from anybatch.bench.cell import Cell
+from anybatch.bench import cases, choice, layers, networks, runner, settings, targets, timing
+from anybatch.bench.cell import Cell, Checked
 from anybatch.bench.figure import figure
 from anybatch.bench.tables import comparison, line, speed_page
 from anybatch.kernels import fused_kn_conv
@@ -27,7 +28,8 @@ WORDS = ["--quick", "--repeats", "1", "--contiguous", "--batch-sizes", "1"]
 
 @pytest.fixture(autouse=True)
 def _eager_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds."""
+    """Compiling takes seconds, and the allocator's settings would stay with the tests that follow."""
+    monkeypatch.setattr(timing, "settle_allocator", lambda: False)
     made = choice.settings
 
     def eager(**given: Any) -> choice.Settings:
@@ -267,6 +269,34 @@ def test_kernels_are_tuned_within_a_run_alone(autotune: bool) -> None:
     assert not dispatch.autotunes()
 
 
+@pytest.mark.parametrize(
+    ("draws", "status", "count"),
+    [
+        ([("output", 2.0)], 2.0, 1),
+        ([("gradient of the parameters", 0.5)], 0.5, 1),
+        ([("gradient of the parameters", 3.0), ("gradient of the parameters", 0.5)], 0.5, 2),
+        ([("gradient of the parameters", 3.0), ("output", 2.0)], 2.0, 2),
+        ([("gradient of the parameters", 3.0 + i) for i in range(5)], 3.0, 5),
+    ],
+    ids=["output", "right", "right in the second draw", "output in the second draw", "wrong in all"],
+)
+def test_gradients_may_agree_in_a_later_draw_and_outputs_must_in_each(
+    draws: list[tuple[str, float]], status: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def check(_: Any, __: Any, ___: Any, x: torch.Tensor, labels: Any) -> Checked:
+        seen.append(x)
+        what, error = draws[len(seen) - 1]
+        return Checked(error, 1.0, what)
+
+    monkeypatch.setattr(networks, "_one_check", check)
+    x = torch.zeros(3, 1, 4, 4)
+    found = networks._net_check(settings(device="cpu"), nn.Identity(), "eager", x, torch.arange(3))
+    assert (found.error, len(seen)) == (status, count)
+    assert len({tuple(one.flatten().tolist()) for one in seen}) == count, "images came twice"
+
+
 def test_two_files_are_compared(tmp_path: Path) -> None:
     for name, ratio in (("a", 2.0), ("b", 1.0)):
         runner.rows.append(tmp_path / f"{name}.jsonl", _row("kn", ratio))
@@ -332,3 +362,34 @@ def test_peak_counts_what_was_freed_again() -> None:
         b.sum()
 
     assert timing.peak_bytes(run, torch.device("cpu")) in range(8 << 20, (8 << 20) + 4096)
+
+
+_FAULTS = """
+import resource
+import torch
+from anybatch.bench.timing import settle_allocator
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        x = torch.ones(10 << 20)  # 40 MiB, more than glibc keeps by itself
+        for _ in range(3):
+            x = x + 1
+        del x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+faults()
+before = faults()
+assert settle_allocator()
+for _ in range(5):  # until freed memory lies so that what is asked for fits
+    faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is no glibc to be told")
+def test_a_settled_process_fetches_no_memory_again() -> None:
+    told = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, told.split())
+    assert after < 100 < before

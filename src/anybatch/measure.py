@@ -1,12 +1,10 @@
-"""What a network costs: multiply-adds, and memory. Needs torch alone."""
+"""What a network costs: multiply-adds, and the memory that training keeps. Needs torch alone."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,21 +44,6 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
     return sum(kept.values())
-
-
-def settle_allocator() -> bool:
-    """Keep glibc from handing freed memory back to the system, for good; True where there is glibc to be told so.
-
-    Training steps of larger networks fetch it again each time, which costs 5 to 15 % of them; how much falls on whom is
-    chance. For measurements alone: steps of small networks may take longer so (docs/log.md).
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    with contextlib.suppress(OSError, AttributeError):
-        tell = ctypes.CDLL("libc.so.6").mallopt
-        no_trimming, no_mapping = tell(-1, -1), tell(-4, 0)
-        return bool(no_trimming and no_mapping)
-    return False
 
 
 def device_name(device: torch.device) -> str:

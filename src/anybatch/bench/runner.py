@@ -16,10 +16,11 @@ from typing import Any, TypedDict
 import torch
 
 import anybatch
-from anybatch import dispatch, measure, rows
+from anybatch import dispatch, rows
 from anybatch.bench import cases, timing
 from anybatch.bench.cell import Cell, Variant
 from anybatch.bench.choice import Settings
+from anybatch.measure import device_name
 
 FORMAT = 1
 KEYS = frozenset({"format", "id", "status", "case", "variant", "facts", "quick"})
@@ -84,7 +85,7 @@ def machine_of(device: torch.device) -> str:
     """The kind of machine, as part of a file name."""
     if device.type == "cpu":
         return "cpu"
-    name = measure.device_name(device).lower()
+    name = device_name(device).lower()
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
@@ -117,7 +118,7 @@ def run(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows.repair(path, KEYS, FORMAT)
-    settled = measure.settle_allocator()
+    settled = timing.settle_allocator()
     found: list[Row] = []
     todo = list(cases.cells(chosen))
     with _surroundings(chosen):
@@ -275,7 +276,7 @@ def _blank(cell: Cell, chosen: Settings, key: tuple[str, str]) -> Row:
         "error": None,
         "allowed": None,
         "machine": machine,
-        "device": measure.device_name(chosen.device),
+        "device": device_name(chosen.device),
         "threads": threads,
         "versions": {
             "anybatch": anybatch.__version__,
