@@ -48,6 +48,15 @@ CALLS: dict[str, tuple[Op, Callable[..., Tensor], Callable[[tuple[int, ...], tor
         lambda *a, act="relu": _conv(*a, act=act, p=0.3, seed=torch.tensor(-(2**62) + 11)),
         lambda s, g: CALLS["kn_conv"][2](s, g),
     ),
+    "kn_conv_groups": (
+        kn_conv,
+        lambda *a, act="relu": _conv(*a, act=act, groups=2, p=0.3, seed=torch.tensor(3)),
+        lambda s, g: [
+            0.2 * torch.randn(6, s[1] // 2, 3, 3, generator=g, dtype=torch.float64),
+            torch.randn(6, generator=g, dtype=torch.float64),
+            torch.randn(s[0], 6, *s[2:], generator=g, dtype=torch.float64),
+        ],
+    ),
     "group_norm": (
         group_norm,
         lambda x, w, b, act="relu": group_norm(x, 2, w, b, activation=act),
@@ -133,7 +142,7 @@ def test_results_do_not_depend_on_threads_nor_on_other_samples(
     args = [t.float() for t in given(name, (3, 8, 40, 50), 1, format)]
     threads(1)
     alone = passed(name, args, torch.float32, "native")
-    if name != "kn_conv_dropout":  # whose masks differ from sample to sample
+    if name not in ("kn_conv_dropout", "kn_conv_groups"):  # whose masks differ from sample to sample
         last = [t[2:] if t.dim() == 4 and len(t) == 3 else t for t in args]
         with backend("native"):
             single = CALLS[name][1](*last)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 
 from anybatch.bench.cell import Cell
 from anybatch.bench.choice import Settings
-from anybatch.bench.layers import accuracy_cells, conv_cells, norm_cells, recompute_cells
+from anybatch.bench.layers import accuracy_cells, conv_cells, grouped_cells, norm_cells, recompute_cells
 from anybatch.bench.networks import inference_cells, step_cells
 from anybatch.bench.parameters import clipping_cells, standardization_cells
 
 _CELLS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
     "conv": conv_cells,
+    "grouped": grouped_cells,
     "norm": norm_cells,
     "recompute": recompute_cells,
     "weight_standardize": standardization_cells,

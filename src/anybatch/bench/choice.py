@@ -17,10 +17,10 @@ from anybatch.suggest import unknown
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SEED = 0
-LAYERS = ("conv", "norm", "recompute", "weight_standardize", "agc", "accuracy")
+LAYERS = ("conv", "grouped", "norm", "recompute", "weight_standardize", "agc", "accuracy")
 CASES = (*LAYERS, "step", "inference")
-"""``conv``: convolution, norm and ReLU; ``norm``: norm and ReLU; filters of a whole network; clipping of its gradients;
-errors at large means; whole training steps; whole networks in evaluation."""
+"""``conv``: convolution, norm and ReLU; ``grouped``: the same in groups of channels; ``norm``: norm and ReLU; filters
+of a whole network; clipping of its gradients; errors at large means; whole training steps; networks in evaluation."""
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,22 @@ SHAPES = (
     (512, 2048, 7, 1),
 )
 """Channels in and out, map size and kernel of ResNet-50's convolutions at 224 pixels."""
+GROUPED = (
+    (128, 128, 56, 3, 32),
+    (256, 256, 28, 3, 32),
+    (512, 512, 14, 3, 32),
+    (1024, 1024, 7, 3, 32),
+    (96, 96, 56, 7, 96),
+    (384, 384, 14, 7, 384),
+)
+"""The same and the groups of convolutions of ResNeXt-50 (32 x 4d) and ConvNeXt-T."""
 MAPS = ((64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
 """Channels and size of the maps behind them."""
 
 
-def _block(spec: str, channels: int, out: int, kernel: int) -> nn.Module:
+def _block(spec: str, channels: int, out: int, kernel: int, groups: int = 1) -> nn.Module:
     pieces = Pieces(parse_scheme(spec))
-    conv = pieces.conv(channels, out, kernel)
+    conv = pieces.conv(channels, out, kernel, groups=groups)
     return nn.Sequential(conv, *pieces.norm_act(out, behind=conv))
 
 
@@ -49,14 +58,23 @@ def _norm(spec: str, channels: int) -> nn.Module:
 
 def conv_cells(chosen: Settings) -> Iterator[Cell]:
     shapes = ((32, 32, 6, 3), (64, 32, 6, 1)) if chosen.quick else SHAPES
+    yield from _block_cells("conv", chosen, [(*shape, 1) for shape in shapes])
+
+
+def grouped_cells(chosen: Settings) -> Iterator[Cell]:
+    yield from _block_cells("grouped", chosen, [(32, 32, 6, 3, 8)] if chosen.quick else GROUPED)
+
+
+def _block_cells(case: str, chosen: Settings, shapes: Sequence[tuple[int, int, int, int, int]]) -> Iterator[Cell]:
     for batch_size in chosen.sizes((2, 8)):
         for layout in chosen.formats(layers=True):
-            for channels, out, size, kernel in shapes:
+            for channels, out, size, kernel, groups in shapes:
+                about = f"{channels}-{out} {kernel}x{kernel} at {size}"
                 yield _layer_cell(
-                    "conv",
+                    case,
                     chosen,
-                    {"shape": f"{channels}-{out} {kernel}x{kernel} at {size}"},
-                    partial(_block, channels=channels, out=out, kernel=kernel),
+                    {"shape": about if groups == 1 else f"{about}, {groups} groups"},
+                    partial(_block, channels=channels, out=out, kernel=kernel, groups=groups),
                     chosen.schemes or ("kn(p=0)", "kn"),
                     (batch_size, channels, size, layout),
                 )

@@ -108,6 +108,7 @@ TARGETS: tuple[Target, ...] = (
     _target("KNConv + ReLU, p = 0", "1.4", 1.08, 0.97, "conv", "kn(p=0)", _SMALL),
     _target("KNConv + ReLU, p > 0", "1.8", 1.12, 1.00, "conv", "kn", _SMALL),
     _target("KNConv + ReLU, worst shape", "20", 1.3, 1.3, "conv", _ANY_KN, _SMALL, reduce="largest"),
+    _target("KNConv + ReLU in groups of channels", "2-8", 1.12, 1.00, "grouped", _ANY_KN, _SMALL),
     _target("KN step, ResNet-50, 224 px", "", 1.05, 0.97, "step", _ANY_KN, _R50 | _SMALL, reduce="largest"),
     *(
         _target(f"KN step, ResNet-18, 32 px, batch {n}", before, must, 1.00, "step", _ANY_KN, _R18 | {"batch_size": n},

@@ -26,8 +26,8 @@ def bench(
     cases: Annotated[
         str | None,
         typer.Option(
-            help="conv, norm, recompute, weight_standardize, agc, accuracy, step, inference, separated by commas; "
-            "layers for all but the last two. All by default."
+            help="conv, grouped, norm, recompute, weight_standardize, agc, accuracy, step, inference, separated by "
+            "commas; layers for all but the last two. All by default."
         ),
     ] = None,
     schemes: Annotated[

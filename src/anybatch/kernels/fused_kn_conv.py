@@ -48,12 +48,19 @@ def refusal(
     residual: Tensor | None = None,
     centered: bool = False,
     traced: bool = False,
+    uncentered: bool = False,
 ) -> str | None:
-    """Why the stages cannot take the arguments; ``traced`` where what traces them sees one operator."""
+    """Why the stages cannot take the arguments.
+
+    Args:
+        traced: Whether what traces them sees one operator.
+        uncentered: Whether filters are convolved as they are, so that the mean of what a group of them reads is not
+            needed.
+    """
     if not traced and (reason := refused_tracing()) is not None:
         return reason
-    if groups != 1:
-        return f"groups={groups}: statistics of one group are all it takes"
+    if norm_groups != 1 or (groups != 1 and not uncentered):
+        return f"groups={groups} and norm_groups={norm_groups}: statistics of one group are all it takes"
     if activation not in ("none", "relu"):
         return f"activation={activation!r} cannot be undone from its output"
     if p and seed is None:
@@ -74,6 +81,7 @@ def refusal(
 def normalized_conv(
     stages: Stages,
     at: Windows,
+    groups: int,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -89,7 +97,7 @@ def normalized_conv(
     # Half precision rounds what was centered, and its sum is needed.
     constant = centered and weight.dtype == x.dtype and x.dtype.itemsize >= 4
     filters = Filters(weight, weight.new_zeros(len(weight)), None) if constant else stages.filters(weight, x.dtype)
-    z = convolve(x, filters.convolved, at, 1)
+    z = convolve(x, filters.convolved, at, groups)
     if residual is not None:
         check_residual(residual, z.shape)
     return filters, stages.normalized(z, pixels, filters, bias, residual, at, p, eps, relu)
@@ -107,6 +115,7 @@ class Gradients(NamedTuple):
 def pulled_back(
     stages: Stages,
     at: Windows,
+    groups: int,
     gradient: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -128,7 +137,7 @@ def pulled_back(
         filters = stages.filters(weight, x.dtype)
     gradient = laid_out(gradient, done.y)  # an expanded one, say
     back = stages.pulled(gradient, done, filters.total, bias, residual, at, relu)
-    geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), 1)
+    geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), groups)
     wanted = (*needs, False)
     g_x, g_convolved, _ = torch.ops.aten.convolution_backward(back.z, x, filters.convolved, None, *geometry, wanted)
     g_weight = None if g_convolved is None else stages.through_filters(g_convolved, back.total, weight.dtype)
@@ -145,6 +154,7 @@ class _KNConv(torch.autograd.Function):
         stages: Stages,
         call: Callable[..., Tensor],
         at: Windows,
+        groups: int,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -155,8 +165,8 @@ class _KNConv(torch.autograd.Function):
         relu: bool,
         centered: bool,
     ) -> Tensor:
-        filters, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu, centered)
-        ctx.stages, ctx.call, ctx.at, ctx.p, ctx.relu = stages, call, at, p, relu
+        filters, done = normalized_conv(stages, at, groups, x, weight, bias, residual, seed, p, eps, relu, centered)
+        ctx.stages, ctx.call, ctx.at, ctx.groups, ctx.p, ctx.relu = stages, call, at, groups, p, relu
         kept = filters if stages.keeps_filters else (None, None, None)
         ctx.save_for_backward(x, weight, bias, residual, seed, *kept, *done)
         return done.y
@@ -175,10 +185,11 @@ class _KNConv(torch.autograd.Function):
             ) from error
         tensors = (x, weight, bias, residual, seed)
         if torch.is_grad_enabled():  # second derivatives
-            return None, None, None, *recomputed_gradients(ctx.call, tensors, gradient), *[None] * 4
+            return *[None] * 4, *recomputed_gradients(ctx.call, tensors, gradient), *[None] * 4
         filters = None if convolved is None else Filters(convolved, total, rest)
-        options = (filters, Normalized(*kept), ctx.p, ctx.relu, ctx.needs_input_grad[3:5])
-        return None, None, None, *pulled_back(ctx.stages, ctx.at, gradient, *tensors, *options), *[None] * 5
+        options = (filters, Normalized(*kept), ctx.p, ctx.relu, ctx.needs_input_grad[4:6])
+        found = pulled_back(ctx.stages, ctx.at, ctx.groups, gradient, *tensors, *options)
+        return *[None] * 4, *found, *[None] * 5
 
 
 @kn_conv.kernel("fused", refusal=refusal)
@@ -221,7 +232,7 @@ def kn_conv_in_stages(
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> Tensor:
         more = {**options, "seed": seed, "residual": residual}
-        return kn_conv.reference(x, weight, bias, stride, padding, dilation, **more)
+        return kn_conv.reference(x, weight, bias, stride, padding, dilation, groups, **more)
 
     relu = activation == "relu"
-    return _KNConv.apply(stages, call, at, x, weight, bias, residual, seed, p, eps, relu, centered)  # pyright: ignore[reportReturnType]
+    return _KNConv.apply(stages, call, at, groups, x, weight, bias, residual, seed, p, eps, relu, centered)  # pyright: ignore[reportReturnType]

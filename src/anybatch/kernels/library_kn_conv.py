@@ -59,7 +59,7 @@ def _forward(
     options = {"p": p, "seed": seed, "eps": eps, "activation": activation, "residual": residual}
     stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), **options)
     at = _windows(weight, stride, padding, dilation)
-    _, done = normalized_conv(stages, at, x, weight, bias, residual, seed, p, eps, relu, centered)
+    _, done = normalized_conv(stages, at, 1, x, weight, bias, residual, seed, p, eps, relu, centered)
     mean, scale = done.mean.contiguous(), done.scale.contiguous()
     if done.apart is None:
         apart = x.new_empty(0) if seed is None else torch.zeros_like(mean)
@@ -117,7 +117,7 @@ def _backward(
     stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), **options)
     at = _windows(weight, stride, padding, dilation)
     done = Normalized(y, mean, scale, _or_none(apart), _or_none(own))
-    found = pulled_back(stages, at, gradient, x, weight, bias, residual, seed, None, done, p, relu, needs)
+    found = pulled_back(stages, at, 1, gradient, x, weight, bias, residual, seed, None, done, p, relu, needs)
     g_x = x.new_empty(0) if found.x is None else laid_out(found.x, x)
     g_weight = x.new_empty(0) if found.weight is None else laid_out(found.weight, weight)
     g_bias = x.new_empty(0) if found.bias is None else found.bias.clone()  # a part of several sums

@@ -25,7 +25,9 @@ from anybatch.methods.windows import Windows
 
 
 def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> str | None:
-    if (reason := refused_native(x)) or (reason := refused_by_formulas(x, weight, bias, *args, **options)):
+    if reason := refused_native(x):
+        return reason
+    if reason := refused_by_formulas(x, weight, bias, *args, uncentered=True, **options):
         return reason
     if not 3 <= x.dim() <= 5:
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions"
