@@ -119,8 +119,8 @@ def test_the_first_update_leaves_next_to_nothing_of_the_initial_values() -> None
     layer = BatchChannelNorm2d(6, 3, rate=1e-3).double()
     layer(x)
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    torch.testing.assert_close(layer.bn.running_mean, mean * 70 / 71)
-    torch.testing.assert_close(layer.bn.running_var, (var * 70 + 1) / 71)
+    torch.testing.assert_close(layer.bn.running_mean, mean * 70 / 71, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(layer.bn.running_var, (var * 70 + 1) / 71, rtol=1e-13, atol=1e-13)
 
 
 def test_the_warm_start_averages_the_first_batches_alike() -> None:
@@ -130,7 +130,7 @@ def test_the_warm_start_averages_the_first_batches_alike() -> None:
         layer(x)
         total += x.mean((0, 2, 3))
     # The initial mean 0 counts as one value of the 70 in a batch's channel.
-    torch.testing.assert_close(layer.bn.running_mean, total / (20 + 1 / 70))
+    torch.testing.assert_close(layer.bn.running_mean, total / (20 + 1 / 70), rtol=1e-13, atol=1e-13)
 
 
 def test_the_warm_start_ends_where_the_rate_is_larger() -> None:
@@ -139,7 +139,9 @@ def test_the_warm_start_ends_where_the_rate_is_larger() -> None:
         before, x = layer.bn.running_mean.clone(), offset_input(2, 6, 5, 7)
         layer(x)
         rate = max(0.25, 1 / (step + 1 + 1 / 70))
-        torch.testing.assert_close(layer.bn.running_mean, before + rate * (x.mean((0, 2, 3)) - before))
+        torch.testing.assert_close(
+            layer.bn.running_mean, before + rate * (x.mean((0, 2, 3)) - before), rtol=1e-13, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("images", [1, 8, 256])

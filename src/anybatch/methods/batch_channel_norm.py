@@ -107,7 +107,7 @@ def updated_estimates(
     drift = now_mean - before
     weight = image_rate(images) if rate is None else rate
     if warm_start:
-        share = (1 / (batches + 1 + 1 / count)).to(now_mean.dtype)
+        share = 1 / (batches.to(now_mean.dtype) + 1 + 1 / count)
         weight = torch.maximum(share, weight) if isinstance(weight, Tensor) else share.clamp_min(weight)
         # The mean of before is no estimate at the first update, and the variance around it none of a variance.
         spread = drift * (batches != 0)
