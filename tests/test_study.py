@@ -167,7 +167,10 @@ def wait_for_rows(path, count, process):
     raise AssertionError("no rows after four minutes")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+SLOWLY = [pytest.param(sent, marks=pytest.mark.slow) for sent in (signal.SIGKILL, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, *SLOWLY])
 def test_a_stopped_command_leaves_whole_rows_and_continues(tmp_path, sent):
     out = tmp_path / "study"
     command = [sys.executable, "-m", "anybatch.cli", "compare", "--schemes", "gn", "--batch-sizes", "2,32"]
