@@ -56,8 +56,8 @@ def randomized(model: Any) -> Any:
     return model.eval()
 
 
-def small_nf(kind: str) -> Any:
-    """A `randomized` network of 6 blocks, of the kind that the publication's code calls so."""
+def small_nf(kind: str, depths: tuple[int, ...] = (1, 2, 1, 2)) -> Any:
+    """A `randomized` network of the kind that the publication's code calls so, with that many blocks a stage."""
     shape, stem, root = {
         "NFNet": (NFNET, "deep", 16),
         "NF_ResNet": (NF_RESNET, "7x7", 8),
@@ -68,9 +68,9 @@ def small_nf(kind: str) -> Any:
             anybatch.scheme("nf(act=gelu_tanh)"),
             stem=stem,  # pyright: ignore[reportArgumentType]
             stem_channels=root,
-            widths=(32, 64, 64, 96),
-            depths=(1, 2, 1, 2),
-            strides=(1, 2, 2, 2) if stem != "3x3" else (2, 2, 2, 2),
+            widths=(32, 64, 64, 96)[: len(depths)],
+            depths=depths,
+            strides=((1, 2, 2, 2) if stem != "3x3" else (2, 2, 2, 2))[: len(depths)],
             ratio=0.5,
             shape=shape if shape.group_width is None else type(shape)(**{**vars(shape), "group_width": 8}),
             final_channels=None if stem == "7x7" else 48,
