@@ -167,10 +167,7 @@ def wait_for_rows(path, count, process):
     raise AssertionError("no rows after four minutes")
 
 
-SLOWLY = [pytest.param(sent, marks=pytest.mark.slow) for sent in (signal.SIGKILL, signal.SIGTERM)]
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, *SLOWLY])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_command_leaves_whole_rows_and_continues(tmp_path, sent):
     out = tmp_path / "study"
     command = [sys.executable, "-m", "anybatch.cli", "compare", "--schemes", "gn", "--batch-sizes", "2,32"]

@@ -168,7 +168,7 @@ class SchemeCase:
         torch.manual_seed(4)
         return _drawn(anybatch.create_model(self.model, self.scheme, **{**self.options, **options}), dtype)
 
-    def short(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def short(self, dtype: torch.dtype) -> nn.Module:
         """The network without its last stage: a block that keeps its map and one that halves it are all to trace."""
         torch.manual_seed(4)
         block = PreActBasicBlock if self.model.startswith("preact") else BasicBlock
