@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := .venv/bin
 OUT ?= runs/compare-digits
 OPTIONS ?=
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 .PHONY: compare test test-all check bench speed numerics clean
 
@@ -13,16 +14,16 @@ compare: .venv/base
 	$(BIN)/anybatch compare --data digits --out $(OUT) $(OPTIONS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -q -m ""
+	$(PYTEST) -m ""
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 bench: .venv/base
 	@$(BIN)/anybatch bench --out benchmarks/rows $(OPTIONS); code=$$?; $(BIN)/python benchmarks/speed.py && exit $$code

@@ -1,5 +1,6 @@
 """What every test starts from: one thread, a fixed random state, no compiled code left from the test before."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from anybatch import cli
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -164,7 +164,7 @@ def test_errors_say_what_was_wrong_and_what_would_do(spec: Any, message: str) ->
         scheme(spec)
 
 
-@pytest.mark.parametrize("spec", [None, 3, 1.5, b"gn", object()], ids=str)
+@pytest.mark.parametrize("spec", [None, 3, 1.5, b"gn", {1}], ids=str)
 def test_other_types_are_refused(spec: Any) -> None:
     with pytest.raises(TypeError, match="a scheme is a text such as 'ws\\+gn', a mapping, a pair or a Scheme, got"):
         scheme(spec)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import anybatch
 from anybatch.dispatch import Op
+from anybatch.models.resnet import BasicBlock, PreActBasicBlock, ResNet
 
 Layout = Literal["contiguous", "channels_last", "strided"]
 HALVES = (torch.float16, torch.bfloat16)
@@ -165,13 +166,22 @@ class SchemeCase:
     def network(self, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
         """The network with every scale and shift drawn at random: at 0, as they start, branches would not count."""
         torch.manual_seed(4)
-        model = anybatch.create_model(self.model, self.scheme, **{**self.options, **options})
-        for p in model.parameters():
-            if p.dim() <= 1:
-                nn.init.normal_(p, 0.5, 0.3)
-            elif not p.any():
-                nn.init.kaiming_normal_(p)
-        return model.to(dtype)
+        return _drawn(anybatch.create_model(self.model, self.scheme, **{**self.options, **options}), dtype)
+
+    def short(self, dtype: torch.dtype) -> nn.Module:
+        """The network without its last stage: a block that keeps its map and one that halves it are all to trace."""
+        torch.manual_seed(4)
+        block = PreActBasicBlock if self.model.startswith("preact") else BasicBlock
+        return _drawn(ResNet(anybatch.scheme(self.scheme), block, (1, 1), stem="cifar", **self.options), dtype)
+
+
+def _drawn(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for p in model.parameters():
+        if p.dim() <= 1:
+            nn.init.normal_(p, 0.5, 0.3)
+        elif not p.any():
+            nn.init.kaiming_normal_(p)
+    return model.to(dtype)
 
 
 def images(n: int, size: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:

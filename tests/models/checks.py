@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import anybatch
 from anybatch.models.network import Network
+from anybatch.models.nfnet import NF_REGNET, NF_RESNET, NFNET, NormalizerFreeNet
 from helpers import assert_same_gradients, gradients, saved_tensors
 
 
@@ -53,6 +54,29 @@ def randomized(model: Any) -> Any:
         else:  # makes good what scales of 0.5 on average take
             value.normal_(0, (4 / value[0].numel()) ** 0.5, generator=generator)
     return model.eval()
+
+
+def small_nf(kind: str, depths: tuple[int, ...] = (1, 2, 1, 2)) -> Any:
+    """A `randomized` network of the kind that the publication's code calls so, with that many blocks a stage."""
+    shape, stem, root = {
+        "NFNet": (NFNET, "deep", 16),
+        "NF_ResNet": (NF_RESNET, "7x7", 8),
+        "NF_RegNet": (NF_REGNET, "3x3", 8),
+    }[kind]
+    return randomized(
+        NormalizerFreeNet(
+            anybatch.scheme("nf(act=gelu_tanh)"),
+            stem=stem,  # pyright: ignore[reportArgumentType]
+            stem_channels=root,
+            widths=(32, 64, 64, 96)[: len(depths)],
+            depths=depths,
+            strides=((1, 2, 2, 2) if stem != "3x3" else (2, 2, 2, 2))[: len(depths)],
+            ratio=0.5,
+            shape=shape if shape.group_width is None else type(shape)(**{**vars(shape), "group_width": 8}),
+            final_channels=None if stem == "7x7" else 48,
+            num_classes=5,
+        )
+    )
 
 
 def assert_same_logits(ours: nn.Module, theirs: nn.Module, sizes: tuple[int, ...] = (64, 75)) -> None:

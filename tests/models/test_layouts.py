@@ -21,11 +21,11 @@ import anybatch
 from anybatch.models import export_weights, load_weights
 from anybatch.models.knresnet import KNResNet
 from anybatch.models.layouts import LAYOUTS, SAME_OUTPUTS
-from anybatch.models.nfnet import NF_REGNET, NF_RESNET, NFNET, NormalizerFreeNet
+from anybatch.models.nfnet import NormalizerFreeNet
 from anybatch.models.resnet import PreActBottleneck, ResNet
 from anybatch.models.weights import read_weights
 from helpers import assert_error_within
-from models.checks import assert_same_tensors, made, randomized
+from models.checks import assert_same_tensors, made, randomized, small_nf
 
 TIMM = "released=True,eps_rule=add"
 FOLDED = f"{TIMM},fold_gain=True,skip_gain=None"
@@ -326,28 +326,6 @@ def test_the_release_of_knresnet(depth: int, tmp_path: Path) -> None:
 
 
 # DeepMind's parameters of NFNets and Google's of BiT, as arrays.
-
-
-def small_nf(kind: str) -> Any:
-    shape, stem, root = {
-        "NFNet": (NFNET, "deep", 16),
-        "NF_ResNet": (NF_RESNET, "7x7", 8),
-        "NF_RegNet": (NF_REGNET, "3x3", 8),
-    }[kind]
-    return randomized(
-        NormalizerFreeNet(
-            anybatch.scheme("nf(act=gelu_tanh)"),
-            stem=stem,  # pyright: ignore[reportArgumentType]
-            stem_channels=root,
-            widths=(32, 64, 64, 96),
-            depths=(1, 2, 1, 2),
-            strides=(1, 2, 2, 2) if stem != "3x3" else (2, 2, 2, 2),
-            ratio=0.5,
-            shape=shape if shape.group_width is None else type(shape)(**{**vars(shape), "group_width": 8}),
-            final_channels=None if stem == "7x7" else 48,
-            num_classes=5,
-        )
-    )
 
 
 def haiku_tree(model: Any, root: str) -> dict[str, dict[str, np.ndarray]]:

@@ -171,11 +171,21 @@ def test_every_family_refuses_images_smaller_than_its_stride() -> None:
                 model(torch.zeros(1, 4, 64, 64))
 
 
-SLOW = {name for name, told in counts().items() if told["parameters"] > 40e6}
+def quick() -> set[str]:
+    """Networks of up to 12 million parameters, and the least of each family where it has up to 40 million."""
+    sizes = {name: told["parameters"] for name, told in counts().items()}
+    families: dict[str, list[str]] = {}
+    for name in anybatch.list_models():
+        families.setdefault(model_entry(name).family, []).append(name)
+    least = {min(names, key=sizes.__getitem__) for names in families.values()}
+    return {name for name, size in sizes.items() if size <= 12e6 or (size <= 40e6 and name in least)}
+
+
+QUICK = quick()
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in anybatch.list_models()]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in anybatch.list_models()]
 )
 def test_a_step_of_every_network(name: str) -> None:
     """At its full width, on one image of twice the least size, since a last map of 1 x 1 would leave a norm nothing."""

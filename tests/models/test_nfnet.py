@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import anybatch
 from anybatch.methods.normalizer_free import NormalizerFreeJoin
@@ -20,6 +20,7 @@ from models.checks import (
     assert_checkpointing_changes_memory_alone,
     assert_survives_wrapping,
     randomized,
+    small_nf,
     undrawn,
 )
 
@@ -156,35 +157,40 @@ def test_a_step_at_batch_1_reaches_every_parameter(name: str) -> None:
     assert_a_step_reaches_every_parameter(model, torch.randn(1, 3, 64, 64))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    ("name", "scheme"),
-    [
-        ("nf_regnet_b0", "nf(act=silu)"),
-        ("nf_resnet26", "nf"),
-        pytest.param("nfnet_f0", "nf(act=gelu_tanh)", marks=pytest.mark.slow),
-    ],
-)
-def test_compiles_exports_and_keeps_channels_last(name: str, scheme: str) -> None:
-    model = randomized(anybatch.create_model(name, scheme, num_classes=3))
-    assert_survives_wrapping(model, torch.randn(2, 3, 48, 48))
+KINDS = ["NFNet", "NF_ResNet", "NF_RegNet"]
+NAMES = ["nfnet_f0", "nf_resnet26", "nf_regnet_b0"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "nf_regnet_b0",
-        pytest.param("nf_resnet26", marks=pytest.mark.slow),
-        pytest.param("nfnet_f0", marks=pytest.mark.slow),
-    ],
-)
-def test_exports_with_any_size(name: str) -> None:
-    model = randomized(anybatch.create_model(name, num_classes=3))
+def assert_exports_with_any_size(model: nn.Module) -> None:
     auto = torch.export.Dim.AUTO
     exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
     for shape in ((1, 3, 77, 70), (3, 3, 48, 96)):
         x = torch.randn(shape)
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_exports_and_keeps_channels_last(kind: str) -> None:
+    assert_survives_wrapping(small_nf(kind, (1, 1)), torch.randn(2, 3, 48, 48))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_published_networks_compile_export_and_keep_channels_last(name: str) -> None:
+    assert_survives_wrapping(randomized(anybatch.create_model(name, num_classes=3)), torch.randn(2, 3, 48, 48))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports_with_any_size(kind: str) -> None:
+    assert_exports_with_any_size(small_nf(kind, (1, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_published_networks_export_with_any_size(name: str) -> None:
+    assert_exports_with_any_size(randomized(anybatch.create_model(name, num_classes=3)))
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("nf_regnet_b0", "nf(act=silu)"), ("nf_resnet26", "nf")])
