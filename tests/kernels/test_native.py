@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.dispatch import Op, backend, explain
-from anybatch.functional import batch_channel_norm, group_norm, kn_conv, local_context_norm, positional_norm
+from anybatch.functional import (
+    batch_channel_norm,
+    filter_response_norm,
+    group_norm,
+    kn_conv,
+    local_context_norm,
+    positional_norm,
+)
 from anybatch.kernels import native_common
 from anybatch.methods.batch_channel_norm import updated_estimates
 from anybatch.methods.batch_norm import channel_moments
@@ -68,6 +75,12 @@ CALLS: dict[str, tuple[Op, Callable[..., Tensor], Callable[[tuple[int, ...], tor
         batch_channel_norm,
         lambda x, *p, act="relu": batch_channel_norm(x, 2, *p, activation=act),
         lambda s, g: norm_parameters(s[1], 6, g),
+    ),
+    "filter_response_norm": (
+        filter_response_norm,
+        # A threshold that cuts off nothing in place of none, whose gradient is 0.
+        lambda x, w, b, t, e, act="relu": filter_response_norm(x, w, b, t if act == "relu" else t - 50, e),
+        lambda s, g: norm_parameters(s[1], 4, g),
     ),
     "positional_norm": (
         positional_norm,

@@ -15,8 +15,6 @@ typedef struct {
     float *memory;                       /* of `slope` to `bias`, which whoever made them frees */
 } Norm;
 
-#define TAKEN 4 /* rows taken together: sums in memory wait for one another */
-
 /* Sums of a channel over positions, `first` and `second` of what a pass adds up. */
 typedef struct {
     float *first, *second;
@@ -25,9 +23,6 @@ typedef struct {
 /* z of `x`, a value of channel `i`, where BATCH has told the compiler that the numbers stay as they are. */
 #define BATCH(q) const float *restrict center = q->center, *restrict slope = q->slope, *restrict start = q->start
 #define Z(x, i) (batch ? ((x) - center[i]) * slope[i] + start[i] : (x))
-
-/* Chunks of positions whose sums are taken apart: as many for a sample alone as for one among others. */
-INLINE int64_t chunk_of(const Map *m) { return MAX(SMALL / 2 / MAX(m->c, 1), 16) / TAKEN * TAKEN; }
 
 /* Adds up `count` rows, which the compiler is to know, or how far they are from `mean`, and the squares of that. */
 INLINE void add_rows(const float *x, int64_t step, int64_t c, int64_t count, const float *restrict mean, Sums into,
@@ -95,14 +90,6 @@ INLINE void finish_rows(const Norm *q, const float *x, const float *g, int64_t g
         if (batch) first[i] += sum, second[i] += along;
     }
 }
-
-/* `do` for rows from `from` to `to`, four at once as long as there are. */
-#define BY_FOURS(do, from, to, ...)                                                                                    \
-    {                                                                                                                  \
-        int64_t r = from;                                                                                              \
-        for (; r + TAKEN <= to; r += TAKEN) do(TAKEN, __VA_ARGS__);                                                    \
-        for (; r < to; r++) do(1, __VA_ARGS__);                                                                        \
-    }
 
 /* The sums of all chunks of a sample, which lie one behind the other, in those of the first. */
 static void join_chunks(float *sums, int64_t chunks, int64_t values) {

@@ -46,6 +46,19 @@ INLINE int64_t stretch(const Map *m) {
 
 INLINE int channels_last(const Map *m) { return m->c_step == 1; }
 
+#define TAKEN 4 /* rows taken together: sums in memory wait for one another */
+
+/* Chunks of positions whose sums are taken apart: as many for a sample alone as for one among others. */
+INLINE int64_t chunk_of(const Map *m) { return MAX(SMALL / 2 / MAX(m->c, 1), 16) / TAKEN * TAKEN; }
+
+/* `do` for rows from `from` to `to`, four at once as long as there are. */
+#define BY_FOURS(do, from, to, ...)                                                                                    \
+    {                                                                                                                  \
+        int64_t r = from;                                                                                              \
+        for (; r + TAKEN <= to; r += TAKEN) do(TAKEN, __VA_ARGS__);                                                    \
+        for (; r < to; r++) do(1, __VA_ARGS__);                                                                        \
+    }
+
 /* Room for `count` floats that starts at a cache line. */
 INLINE float *room(int64_t count) {
     void *found = NULL;
