@@ -85,7 +85,7 @@ def norm_cells(chosen: Settings) -> Iterator[Cell]:
     for batch_size in chosen.sizes((2, 8)):
         for layout in chosen.formats(layers=True):
             for channels, size in maps:
-                given = chosen.schemes or ("gn", "ln", "bcn", "pn", f"lcn(window={max(3, size // 2 | 1)})")
+                given = chosen.schemes or ("gn", "ln", "bcn", "pn", "frn", f"lcn(window={max(3, size // 2 | 1)})")
                 parsed = [parse_scheme(spec) for spec in given]
                 specs = [one.name for one in parsed if one.norm is not None or one.norm_act is not None]
                 if specs:
