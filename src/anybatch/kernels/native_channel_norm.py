@@ -5,6 +5,7 @@ One call forward and one backward. Kept are ``x``, the parameters, and two numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,64 @@ from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, image_rate, updated_estimates
 from anybatch.methods.batch_norm import channel_moments, sharing
 from anybatch.methods.group_norm import group_norm
+
+
+def normalized(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch: Sequence[Tensor | None],
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and the groups' means and 1 / std, (N, G).
+
+    Args:
+        x: What `_refused` does not refuse, as of the others.
+        groups: G.
+        weight: (C,) or (G,), or None for 1.
+        bias: Alike, or None for 0.
+        batch: (C,) each: mean, variance, scale and shift of the batch part; all None where there is none.
+        eps: Added to variances.
+        relu: Whether a ReLU is applied.
+    """
+    y = torch.empty_like(x)
+    mean, rstd = x.new_empty((2, len(x), groups)).unbind()
+    maps = (as_map(t.shape, t.stride()) for t in (x, y))
+    given = (*batch, weight, bias, _scales(x, weight, bias), eps, relu)
+    function("channel_norm", "ppipppppppidippp")(*maps, groups, x, *given, y, mean, rstd)
+    return y, mean, rstd
+
+
+def pulled_back(
+    gradient: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch: Sequence[Tensor | None],
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``x``, and those of the parameters as `of_parameters` takes them, (6, C)."""
+    gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((6, x.shape[1]))
+    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+    given = (*batch, weight, bias, _scales(x, weight, bias), eps, mean, rstd, relu)
+    function("channel_norm_backward", "pppippppppp" + "idppippp")(*maps, groups, x, *given, gradient, g_x, made)
+    return g_x, made
+
+
+def of_parameters(
+    made: Tensor, weight: Tensor | None, bias: Tensor | None, batch: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of the weight, of the bias and of the batch part, None for what is None."""
+    g_bias, g_weight, g_batch_bias, g_batch_weight, g_mean, g_var = made.unbind()
+    of_scales = [None if t is None else g[: len(t)] for t, g in ((weight, g_weight), (bias, g_bias))]
+    of_batch = zip(batch, (g_mean, g_var, g_batch_weight, g_batch_bias), strict=True)
+    return [*of_scales, *(None if t is None else g for t, g in of_batch)]
 
 
 class _ChannelNorm(torch.autograd.Function):
@@ -36,15 +95,9 @@ class _ChannelNorm(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         ctx.groups, ctx.eps, ctx.activation = groups, eps, activation
-        y = torch.empty_like(x)
-        mean, rstd = x.new_empty((2, len(x), groups)).unbind()
-        given = (batch_mean, batch_var, batch_weight, batch_bias, weight, bias)
-        function("channel_norm", "ppipppppppidippp")(
-            *(as_map(x.shape, x.stride()), as_map(y.shape, y.stride()), groups, x),
-            *(*given, _scales(x, weight, bias), eps),
-            *(activation == "relu", y, mean, rstd),
-        )
-        ctx.save_for_backward(x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, mean, rstd)
+        batch = (batch_mean, batch_var, batch_weight, batch_bias)
+        y, mean, rstd = normalized(x, groups, weight, bias, batch, eps, activation == "relu")
+        ctx.save_for_backward(x, weight, bias, *batch, mean, rstd)
         return y
 
     @staticmethod
@@ -52,16 +105,9 @@ class _ChannelNorm(torch.autograd.Function):
         x, weight, bias, *batch, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives
             return *_second(ctx, x, weight, bias, *batch, gradient), None, None
-        gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((6, x.shape[1]))
-        maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        function("channel_norm_backward", "pppippppppp" + "idppippp")(
-            *(*maps, ctx.groups, x, *batch, weight, bias, _scales(x, weight, bias), ctx.eps),
-            *(mean, rstd, ctx.activation == "relu", gradient, g_x, made),
-        )
-        g_bias, g_weight, g_batch_bias, g_batch_weight, g_mean, g_var = made.unbind()
-        of_scales = (None if t is None else g[: len(t)] for t, g in ((weight, g_weight), (bias, g_bias)))
-        of_batch = zip(batch, (g_mean, g_var, g_batch_weight, g_batch_bias), strict=True)
-        return g_x, None, *of_scales, *(None if t is None else g for t, g in of_batch), None, None
+        relu = ctx.activation == "relu"
+        g_x, made = pulled_back(gradient, x, ctx.groups, weight, bias, batch, mean, rstd, ctx.eps, relu)
+        return g_x, None, *of_parameters(made, weight, bias, batch), None, None
 
 
 def _scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:

@@ -53,6 +53,11 @@ def refused_native(x: Tensor) -> str | None:
         return f"x is a {type(x).__name__}"
     if x.dim() < 2 or x.numel() == 0:
         return f"x of shape {tuple(x.shape)} is no map with values"
+    return refused_c()
+
+
+def refused_c() -> str | None:
+    """Why there are no kernels in C at all, or None."""
     return _found()[1]
 
 
