@@ -1,8 +1,8 @@
 """Fast paths, one file a backend and op. Importing this attaches each to its reference in `anybatch.methods`."""
 
 from anybatch.kernels import channel_moments as channel_moments
-from anybatch.kernels import library_channel_norm as library_channel_norm
 from anybatch.kernels import library_kn_conv as library_kn_conv
+from anybatch.kernels import library_norms as library_norms
 from anybatch.kernels import native_channel_norm as native_channel_norm
 from anybatch.kernels import native_filter_response_norm as native_filter_response_norm
 from anybatch.kernels import native_filters as native_filters

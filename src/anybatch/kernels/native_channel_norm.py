@@ -5,8 +5,6 @@ One call forward and one backward. Kept are ``x``, the parameters, and two numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,100 +12,65 @@ from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import as_map, function, passes, refused_native
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.native_operator import NativeOperator
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, image_rate, updated_estimates
 from anybatch.methods.batch_norm import channel_moments, sharing
 from anybatch.methods.group_norm import group_norm
 
 
-def normalized(
+def _normalized(
     x: Tensor,
     groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    batch: Sequence[Tensor | None],
+    batch_mean: Tensor | None,
+    batch_var: Tensor | None,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and the groups' means and 1 / std, (N, G).
-
-    Args:
-        x: What `_refused` does not refuse, as of the others.
-        groups: G.
-        weight: (C,) or (G,), or None for 1.
-        bias: Alike, or None for 0.
-        batch: (C,) each: mean, variance, scale and shift of the batch part; all None where there is none.
-        eps: Added to variances.
-        relu: Whether a ReLU is applied.
-    """
+    """The result, and the groups' means and 1 / std, (N, G)."""
     y = torch.empty_like(x)
     mean, rstd = x.new_empty((2, len(x), groups)).unbind()
     maps = (as_map(t.shape, t.stride()) for t in (x, y))
+    batch = (batch_mean, batch_var, batch_weight, batch_bias)
     given = (*batch, weight, bias, _scales(x, weight, bias), eps, relu)
     function("channel_norm", "ppipppppppidippp")(*maps, groups, x, *given, y, mean, rstd)
     return y, mean, rstd
 
 
-def pulled_back(
+def _pulled_back(
     gradient: Tensor,
     x: Tensor,
     groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    batch: Sequence[Tensor | None],
-    mean: Tensor,
-    rstd: Tensor,
+    batch_mean: Tensor | None,
+    batch_var: Tensor | None,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
     eps: float,
     relu: bool,
+    mean: Tensor,
+    rstd: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``x``, and those of the parameters as `of_parameters` takes them, (6, C)."""
     gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((6, x.shape[1]))
     maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+    batch = (batch_mean, batch_var, batch_weight, batch_bias)
     given = (*batch, weight, bias, _scales(x, weight, bias), eps, mean, rstd, relu)
     function("channel_norm_backward", "pppippppppp" + "idppippp")(*maps, groups, x, *given, gradient, g_x, made)
     return g_x, made
 
 
-def of_parameters(
-    made: Tensor, weight: Tensor | None, bias: Tensor | None, batch: Sequence[Tensor | None]
+def _of_parameters(
+    made: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *more: Any
 ) -> list[Tensor | None]:
-    """The gradients of the weight, of the bias and of the batch part, None for what is None."""
     g_bias, g_weight, g_batch_bias, g_batch_weight, g_mean, g_var = made.unbind()
-    of_scales = [None if t is None else g[: len(t)] for t, g in ((weight, g_weight), (bias, g_bias))]
-    of_batch = zip(batch, (g_mean, g_var, g_batch_weight, g_batch_bias), strict=True)
-    return [*of_scales, *(None if t is None else g for t, g in of_batch)]
-
-
-class _ChannelNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        batch_mean: Tensor | None,
-        batch_var: Tensor | None,
-        batch_weight: Tensor | None,
-        batch_bias: Tensor | None,
-        eps: float,
-        activation: str,
-    ) -> Tensor:
-        ctx.groups, ctx.eps, ctx.activation = groups, eps, activation
-        batch = (batch_mean, batch_var, batch_weight, batch_bias)
-        y, mean, rstd = normalized(x, groups, weight, bias, batch, eps, activation == "relu")
-        ctx.save_for_backward(x, weight, bias, *batch, mean, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, *batch, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives
-            return *_second(ctx, x, weight, bias, *batch, gradient), None, None
-        relu = ctx.activation == "relu"
-        g_x, made = pulled_back(gradient, x, ctx.groups, weight, bias, batch, mean, rstd, ctx.eps, relu)
-        return g_x, None, *of_parameters(made, weight, bias, batch), None, None
+    of_scales = (None if t is None else g[: len(t)] for t, g in ((weight, g_weight), (bias, g_bias)))
+    of_batch = zip(more[:4], (g_mean, g_var, g_batch_weight, g_batch_bias), strict=True)
+    return [None, *of_scales, *(None if t is None else g for t, g in of_batch), None, None]
 
 
 def _scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
@@ -115,19 +78,25 @@ def _scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
     return next((len(t) for t in (weight, bias) if t is not None), x.shape[1])
 
 
-def _second(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
-    """Gradients that are functions of what was given, of the reference."""
-    *batch, gradient = more
-    options = {"eps": ctx.eps, "activation": ctx.activation}
+def _reference(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *more: Any) -> Tensor:
+    *batch, eps, relu = more
+    options = {"eps": eps, "activation": "relu" if relu else "none"}
     if batch[0] is None:
-        found = recomputed_gradients(partial(group_norm.reference, **options), (x, ctx.groups, weight, bias), gradient)
-        return *found, None, None, None, None
+        return group_norm.reference(x, groups, weight, bias, **options)
+    return batch_channel_norm.reference(x, groups, *batch, weight, bias, **options)
 
-    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, *batch: Tensor | None) -> Tensor:
-        return batch_channel_norm.reference(x, ctx.groups, *batch, weight, bias, **options)
 
-    g_x, *found = recomputed_gradients(call, (x, weight, bias, *batch), gradient)
-    return g_x, None, *found
+CHANNEL_NORM = NativeOperator(
+    "channel_norm",
+    "int groups, Tensor? weight, Tensor? bias, Tensor? batch_mean, Tensor? batch_var, Tensor? batch_weight, "
+    "Tensor? batch_bias, float eps, bool relu",
+    forward=_normalized,
+    backward=_pulled_back,
+    gradients=_of_parameters,
+    rows=6,
+    kept=2,
+    shape=lambda x, groups, *_: (x.shape[0], groups),
+)
 
 
 def _refused(x: Tensor, groups: int, activation: str, *tensors: Tensor | None) -> str | None:
@@ -164,7 +133,7 @@ def native_group_norm(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    return _ChannelNorm.apply(x, groups, weight, bias, None, None, None, None, eps, activation)
+    return CHANNEL_NORM.eager(_reference, x, groups, weight, bias, *[None] * 4, eps, activation == "relu")
 
 
 def _batch_refusal(
@@ -204,7 +173,8 @@ def native_batch_channel_norm(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    return _ChannelNorm.apply(x, groups, weight, bias, mean, var, batch_weight, batch_bias, eps, activation)
+    batch = (mean, var, batch_weight, batch_bias)
+    return CHANNEL_NORM.eager(_reference, x, groups, weight, bias, *batch, eps, activation == "relu")
 
 
 def _refusal_of_moments(x: Tensor) -> str | None:

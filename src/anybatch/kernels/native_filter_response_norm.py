@@ -6,7 +6,6 @@ Kept are ``x``, the parameters, and a number a channel of each sample.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,49 +13,67 @@ from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import as_map, function, passes, refused_native
+from anybatch.kernels.native_operator import NativeOperator
 from anybatch.kernels.native_positional_norm import scales
-from anybatch.kernels.recompute import recomputed_gradients
 from anybatch.methods.filter_response_norm import filter_response_norm
 
 
-class _FilterResponseNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        tau: Tensor | None,
-        eps_l: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:2])
-        maps = (as_map(t.shape, t.stride()) for t in (x, y))
-        one = eps_l is not None and len(eps_l) == 1
-        given = (*scales(x, weight, bias), _threshold(x, tau), eps_l)
-        function("filter_response_norm", "pppppppidpp")(*maps, x, *given, one, eps, y, rstd)
-        ctx.save_for_backward(x, weight, bias, tau, eps_l, rstd)
-        ctx.eps = eps
-        return y
+def _normalized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None, eps_l: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / root mean square of each channel, (N, C)."""
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:2])
+    maps = (as_map(t.shape, t.stride()) for t in (x, y))
+    given = (*scales(x, weight, bias), _threshold(x, tau), eps_l, eps_l is not None and len(eps_l) == 1, eps)
+    function("filter_response_norm", "pppppppidpp")(*maps, x, *given, y, rstd)
+    return y, rstd
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, tau, eps_l, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives
-            reference = partial(filter_response_norm.reference, eps=ctx.eps)
-            return *recomputed_gradients(reference, (x, weight, bias, tau, eps_l), gradient), None
-        gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((4, x.shape[1]))
-        maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        given = (*scales(x, weight, bias), _threshold(x, tau), rstd)
-        function("filter_response_norm_backward", "ppppppppppp")(*maps, x, gradient, *given, g_x, made)
-        *found, g_eps = made.unbind()
-        learned = (None if t is None else g for t, g in zip((weight, bias, tau), found, strict=True))
-        to_eps_l = None if eps_l is None else eps_l.sign() * (g_eps.sum() if len(eps_l) == 1 else g_eps)
-        return g_x, *learned, to_eps_l, None
+
+def _pulled_back(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tau: Tensor | None,
+    eps_l: Tensor | None,
+    eps: float,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor]:
+    gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((4, x.shape[1]))
+    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+    given = (*scales(x, weight, bias), _threshold(x, tau), rstd)
+    function("filter_response_norm_backward", "ppppppppppp")(*maps, x, gradient, *given, g_x, made)
+    return g_x, made
+
+
+def _of_parameters(
+    made: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None, eps_l: Tensor | None, eps: float
+) -> list[Tensor | None]:
+    *found, g_eps = made.unbind()
+    learned = (None if t is None else g for t, g in zip((weight, bias, tau), found, strict=True))
+    to_eps_l = None if eps_l is None else eps_l.sign() * (g_eps.sum() if len(eps_l) == 1 else g_eps)
+    return [*learned, to_eps_l, None]
 
 
 def _threshold(x: Tensor, tau: Tensor | None) -> Tensor:
     return x.new_full((x.shape[1],), -math.inf) if tau is None else tau
+
+
+def _reference(x: Tensor, *parameters: Any) -> Tensor:
+    *tensors, eps = parameters
+    return filter_response_norm.reference(x, *tensors, eps=eps)
+
+
+FILTER_RESPONSE_NORM = NativeOperator(
+    "filter_response_norm",
+    "Tensor? weight, Tensor? bias, Tensor? tau, Tensor? eps_l, float eps",
+    forward=_normalized,
+    backward=_pulled_back,
+    gradients=_of_parameters,
+    rows=4,
+    kept=1,
+    shape=lambda x, *_: x.shape[:2],
+)
 
 
 def _refusal(
@@ -88,4 +105,4 @@ def native_filter_response_norm(
     *,
     eps: float = 1e-6,
 ) -> Tensor:
-    return _FilterResponseNorm.apply(x, weight, bias, tau, eps_l, eps)
+    return FILTER_RESPONSE_NORM.eager(_reference, x, weight, bias, tau, eps_l, eps)

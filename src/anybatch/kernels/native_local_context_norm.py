@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,50 +11,57 @@ from torch import Tensor
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.local_windows import refused_windows
 from anybatch.kernels.native_common import as_map, function, numbers, passes, refused_native
-from anybatch.kernels.native_positional_norm import scales
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.native_operator import NativeOperator
+from anybatch.kernels.native_positional_norm import of_scales, scales
 from anybatch.methods.local_context_norm import Window, local_context_norm, windows_within
 
 
-class _LocalContextNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        window: Window,
-        channels: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        y = torch.empty_like(x)
-        ctx.sizes, ctx.channels, ctx.eps, ctx.window = _sizes(x, window), channels, eps, window
-        maps = (as_map(t.shape, t.stride()) for t in (x, y))
-        tensors = (x, *scales(x, weight, bias))
-        function("local_context_norm", "pppipppdp")(*maps, ctx.sizes, channels, *tensors, eps, y)
-        ctx.save_for_backward(x, weight, bias)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives
-            reference = partial(local_context_norm.reference, eps=ctx.eps)
-            return *recomputed_gradients(reference, (x, ctx.window, ctx.channels, weight, bias), gradient), None
-        gradient, g_x, sums = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
-        maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        tensors = (x, gradient, *scales(x, weight, bias))
-        function("local_context_norm_backward", "ppppippppdpp")(
-            *(*maps, ctx.sizes, ctx.channels, *tensors, ctx.eps, g_x, sums)
-        )
-        given = (None if t is None else g.view_as(t) for t, g in zip((weight, bias), sums, strict=True))
-        return g_x, None, None, *given, None
+def _normalized(
+    x: Tensor, window: Sequence[int], channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor]:
+    y = torch.empty_like(x)
+    maps = (as_map(t.shape, t.stride()) for t in (x, y))
+    given = (_sizes(x, window), channels, x, *scales(x, weight, bias), eps)
+    function("local_context_norm", "pppipppdp")(*maps, *given, y)
+    return (y,)
 
 
-def _sizes(x: Tensor, window: Window) -> Any:
+def _pulled_back(
+    gradient: Tensor,
+    x: Tensor,
+    window: Sequence[int],
+    channels: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
+    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+    given = (_sizes(x, window), channels, x, gradient, *scales(x, weight, bias), eps)
+    function("local_context_norm_backward", "ppppippppdpp")(*maps, *given, g_x, made)
+    return g_x, made
+
+
+def _reference(
+    x: Tensor, window: Sequence[int], channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return local_context_norm.reference(x, window, channels, weight, bias, eps=eps)
+
+
+LOCAL_CONTEXT_NORM = NativeOperator(
+    "local_context_norm",
+    "int[] window, int channels_per_group, Tensor? weight, Tensor? bias, float eps",
+    forward=_normalized,
+    backward=_pulled_back,
+    gradients=lambda made, _, __, weight, bias, ___: [None, None, *of_scales(made, weight, bias), None],
+    rows=2,
+)
+
+
+def _sizes(x: Tensor, window: Sequence[int]) -> Any:
     """Height, width, and the window's, which is at most as large; of one dimension as of one row."""
     sizes = x.shape[2:]
-    return numbers(*(1,) * (2 - len(sizes)), *sizes, *(1,) * (2 - len(sizes)), *windows_within(window, sizes))
+    return numbers(*(1,) * (2 - len(sizes)), *sizes, *(1,) * (2 - len(sizes)), *window)
 
 
 def _refusal(
@@ -92,4 +99,5 @@ def native_local_context_norm(
     eps: float = 1e-5,
     released: bool = False,
 ) -> Tensor:
-    return _LocalContextNorm.apply(x, window, channels_per_group, weight, bias, eps)
+    window = windows_within(window, x.shape[2:])
+    return LOCAL_CONTEXT_NORM.eager(_reference, x, window, channels_per_group, weight, bias, eps)

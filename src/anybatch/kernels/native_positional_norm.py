@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
 from typing import Any
 
 import torch
@@ -10,54 +10,66 @@ from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import as_map, function, passes, refused_native
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.native_operator import NativeOperator
 from anybatch.methods.positional_norm import positional_norm
 
 
-class _PositionalNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        unbiased: bool,
-        activation: str,
-    ) -> Tensor:
-        y = torch.empty_like(x)
-        mean, rstd = x.new_empty((2, len(x), x[0, 0].numel())).unbind()
-        maps = (as_map(t.shape, t.stride()) for t in (x, y))
-        tensors = (x, *scales(x, weight, bias))
-        to = (y, mean, rstd)
-        function("positional_norm", "pppppdiippp")(
-            *maps, *tensors, eps, x.shape[1] - unbiased, activation == "relu", *to
-        )
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.options = {"eps": eps, "unbiased": unbiased, "activation": activation}
-        return y
+def _normalized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, unbiased: bool, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and mean and 1 / std of each position, (N, S)."""
+    y = torch.empty_like(x)
+    mean, rstd = x.new_empty((2, len(x), x[0, 0].numel())).unbind()
+    maps = (as_map(t.shape, t.stride()) for t in (x, y))
+    given = (x, *scales(x, weight, bias), eps, x.shape[1] - unbiased, relu)
+    function("positional_norm", "pppppdiippp")(*maps, *given, y, mean, rstd)
+    return y, mean, rstd
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives
-            reference = partial(positional_norm.reference, **ctx.options)
-            return *recomputed_gradients(reference, (x, weight, bias), gradient), None, None, None
-        gradient, g_x, sums = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
-        maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-        tensors = (x, gradient, *scales(x, weight, bias), mean, rstd)
-        function("positional_norm_backward", "pppppppppiipp")(
-            *(*maps, *tensors, x.shape[1] - ctx.options["unbiased"], ctx.options["activation"] == "relu"),
-            *(g_x, sums),
-        )
-        given = (None if t is None else g.view_as(t) for t, g in zip((weight, bias), sums, strict=True))
-        return g_x, *given, None, None, None
+
+def _pulled_back(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    unbiased: bool,
+    relu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor]:
+    gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
+    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+    given = (x, gradient, *scales(x, weight, bias), mean, rstd, x.shape[1] - unbiased, relu)
+    function("positional_norm_backward", "pppppppppiipp")(*maps, *given, g_x, made)
+    return g_x, made
+
+
+def of_scales(made: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
+    """The gradients of weight and bias, in their shapes, of (2, C)."""
+    return [None if t is None else g.view_as(t) for t, g in zip((weight, bias), made.unbind(), strict=True)]
 
 
 def scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weight and the bias, or the ones and zeros that they stand for."""
     c = x.shape[1]
     return x.new_ones(c) if weight is None else weight, x.new_zeros(c) if bias is None else bias
+
+
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, unbiased: bool, relu: bool) -> Tensor:
+    options = {"eps": eps, "unbiased": unbiased, "activation": "relu" if relu else "none"}
+    return positional_norm.reference(x, weight, bias, **options)
+
+
+POSITIONAL_NORM = NativeOperator(
+    "positional_norm",
+    "Tensor? weight, Tensor? bias, float eps, bool unbiased, bool relu",
+    forward=_normalized,
+    backward=_pulled_back,
+    gradients=lambda made, weight, bias, *_: [*of_scales(made, weight, bias), None, None, None],
+    rows=2,
+    kept=2,
+    shape=lambda x, *_: (x.shape[0], math.prod(x.shape[2:])),
+)
 
 
 def _refusal(
@@ -87,4 +99,4 @@ def native_positional_norm(
     unbiased: bool = False,
     activation: str = "none",
 ) -> Tensor:
-    return _PositionalNorm.apply(x, weight, bias, eps, unbiased, activation)
+    return POSITIONAL_NORM.eager(_reference, x, weight, bias, eps, unbiased, activation == "relu")
