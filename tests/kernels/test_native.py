@@ -191,6 +191,106 @@ def test_views_at_odd_addresses_and_gradients_of_any_layout(name: str, format: t
     torch.testing.assert_close(torch.autograd.grad(y, asked[0], turned)[0], one, rtol=1e-5, atol=1e-6)
 
 
+def of_any_layout(x: Tensor) -> dict[str, Tensor]:
+    """Maps of (2, 6, 5, 7) of which values lie apart, or several at one place, in ways that tensors seldom do."""
+    wide = torch.cat([x, x.flip(1)], 1)
+    return {
+        "part of channels": wide[:, 3:9],
+        "part of channels that are last": wide.contiguous(memory_format=torch.channels_last)[:, 3:9],
+        "every second sample": torch.cat([x, x])[::2],
+        "one position everywhere": x[:, :, :1, :1].expand_as(x),
+        "one position everywhere, its channels last": x[:, :, 0, 0].contiguous()[:, :, None, None].expand_as(x),
+        "one sample": x[:1].expand_as(x),
+        "one sample whose channels are last": x[:1].contiguous(memory_format=torch.channels_last).expand_as(x),
+        "overlapping rows": x.flatten().as_strided((2, 6, 5, 7), (60, 1, 7, 1)),
+        "overlapping channels": x.flatten().as_strided((2, 6, 5, 7), (60, 3, 7, 1)),
+        "turned": x.transpose(2, 3).contiguous().transpose(2, 3),
+    }
+
+
+@pytest.mark.parametrize("layout", of_any_layout(torch.zeros(2, 6, 5, 7)))
+@NAMES
+def test_layouts_that_are_seldom(name: str, layout: str) -> None:
+    x, *others = (t.float() for t in given(name, (2, 6, 5, 7), 0, torch.contiguous_format))
+    x = of_any_layout(x + torch.arange(6.0)[:, None, None] / 8)[layout].detach().requires_grad_()
+    others = [t.requires_grad_() for t in others]
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        args = [t if dtype == torch.float32 else t.double() for t in (x, *others)]
+        y = CALLS[name][1](*args) if dtype == torch.float32 else with_formulas(name, args)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(dtype)
+        found[dtype] = [y, *torch.autograd.grad(y, args, g)]
+    for got, right in zip(found[torch.float32], found[torch.float64], strict=True):
+        assert_error_within(got, right, 256 * torch.finfo(torch.float32).eps * max(1, right.abs().max().item()))
+
+
+def with_formulas(name: str, args: list[Tensor]) -> Tensor:
+    with backend("reference"):
+        return CALLS[name][1](*args)
+
+
+@NAMES
+def test_several_gradients_at_once(name: str) -> None:
+    args = [t.float().requires_grad_() for t in given(name, (2, 6, 5, 7), 1, torch.contiguous_format)]
+    y = CALLS[name][1](*args)
+    several = torch.randn(3, *y.shape)
+    got = torch.autograd.grad(y, args, several, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(several):
+        expected = torch.autograd.grad(y, args, one, retain_graph=True)
+        torch.testing.assert_close([g[i] for g in got], list(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), ((1, 2), (2, 0), (2, 1)), (1, "valid", 2)]
+)
+def test_kn_conv_in_groups_of_any_geometry(groups: int, stride: Any, padding: Any, dilation: Any) -> None:
+    generator = torch.Generator().manual_seed(7)
+    tensors = [torch.randn(s, generator=generator) for s in ((2, 6, 9, 8), (12, 6 // groups, 3, 2), (12,))]
+    seed = torch.tensor(5)
+    found = []
+    for dtype, which in ((torch.float32, "native"), (torch.float64, "reference")):
+        args = [t.to(dtype).requires_grad_() for t in tensors]
+        with backend(which):
+            y = kn_conv(*args, stride, padding, dilation, groups, p=0.2, seed=seed)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), args)])
+    for got, right in zip(*found, strict=True):
+        assert_error_within(got, right, 256 * torch.finfo(torch.float32).eps * right.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.arange(12.0)[::2], torch.ones(1).expand(6), torch.zeros(1), torch.zeros(6).double()]
+)
+def test_a_bias_that_is_not_one_number_a_filter_is_left_to_formulas(bias: Tensor) -> None:
+    x, w = torch.randn(2, 6, 5, 5), torch.randn(6, 2, 3, 3)
+    assert "bias is not one number" in explain(kn_conv, x, w, bias, groups=3)["native"]
+
+
+def frn_gradients(which: str, dtype: torch.dtype, eps_l: Tensor, eps: float) -> list[Tensor]:
+    """Of a map with many values at the threshold, and second ones."""
+    x = torch.tensor([-1.0, 0.0, 0.0, 2.0, 0.0, 1.0]).repeat(2, 3, 4, 1).to(dtype)
+    args = [x, torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3), torch.zeros(3), eps_l]
+    args = [t.to(dtype).requires_grad_() for t in args]
+    weights = torch.arange(x.numel()).reshape(x.shape).to(dtype) / x.numel()
+    with backend(which):
+        y = filter_response_norm(*args, eps=eps)
+        found = torch.autograd.grad(y, args, weights, create_graph=True)
+        return [y, *found, *torch.autograd.grad(found[0].square().sum(), args[:2])]
+
+
+@pytest.mark.parametrize("eps_l", [torch.tensor([0.3]), torch.tensor([0.3, -0.2, 0.1])])
+def test_filter_response_norm_at_its_threshold_and_with_one_number_for_all_channels(eps_l: Tensor) -> None:
+    got = frn_gradients("native", torch.float32, eps_l, 0.1)
+    for one, right in zip(got, frn_gradients("reference", torch.float64, eps_l, 0.1), strict=True):
+        assert_error_within(one, right, 64 * torch.finfo(torch.float32).eps * right.abs().max().item())
+
+
+def test_filter_response_norm_takes_one_number_for_all_channels_as_eps_alone() -> None:
+    one = torch.ones(1)
+    x = torch.randn(2, 5, 3, 3)
+    assert "not one number a channel" in explain(filter_response_norm, x, one, None, None, one)["native"]
+
+
 @NAMES
 @FORMATS
 def test_what_is_not_a_number_stays_so(name: str, format: torch.memory_format) -> None:

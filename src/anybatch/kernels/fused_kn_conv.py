@@ -22,7 +22,7 @@ from torch import Tensor
 from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.kn_stages import Filters, Normalized, Stages
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.methods.kn_conv import check_centered, check_residual, convolve, filter_windows, kn_conv
 from anybatch.methods.windows import Padding, Sizes, Windows
 
@@ -59,8 +59,10 @@ def refusal(
     """
     if not traced and (reason := refused_tracing()) is not None:
         return reason
-    if norm_groups != 1 or (groups != 1 and not uncentered):
-        return f"groups={groups} and norm_groups={norm_groups}: statistics of one group are all it takes"
+    if norm_groups != 1:
+        return f"norm_groups={norm_groups}: statistics of one group are all it takes"
+    if groups != 1 and not uncentered:
+        return f"groups={groups}: it centers filters, and has no means of what a group of them reads"
     if activation not in ("none", "relu"):
         return f"activation={activation!r} cannot be undone from its output"
     if p and seed is None:
@@ -184,7 +186,7 @@ class _KNConv(torch.autograd.Function):
                 "layer.take_activation(nn.ReLU()), layer(x, skip)"
             ) from error
         tensors = (x, weight, bias, residual, seed)
-        if torch.is_grad_enabled():  # second derivatives
+        if taken_in_formulas(gradient):  # second derivatives
             return *[None] * 4, *recomputed_gradients(ctx.call, tensors, gradient), *[None] * 4
         filters = None if convolved is None else Filters(convolved, total, rest)
         options = (filters, Normalized(*kept), ctx.p, ctx.relu, ctx.needs_input_grad[4:6])

@@ -33,7 +33,7 @@ class Filters(NamedTuple):
     """The filters as they are convolved, and what the epilogue adds for them."""
 
     convolved: Tensor
-    """(O, C, *), with the dtype of the activations: centered, where a backend does not say otherwise."""
+    """(O, C / groups, *), with the dtype of the activations: centered, where a backend does not say otherwise."""
     total: Tensor
     """(O,): the sum of each filter of the weight."""
     rest: Tensor | None

@@ -130,9 +130,21 @@ def _processor() -> str:
 
 
 def passes(x: Tensor) -> bool:
-    """Whether (N, C, *) lies in memory with either its channels or its positions one behind the other."""
-    layout = steps(x.shape, x.stride())
-    return layout is not None and (layout.channel == 1 or layout.position == 1)
+    """Whether (N, C, *) lies in memory with either its channels or its positions one behind the other, all apart."""
+    return _passes(x.shape, x.stride())
+
+
+@functools.lru_cache(4096)
+def _passes(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    layout = steps(shape, strides)
+    if layout is None or (layout.channel != 1 and layout.position != 1):
+        return False
+    reach = 0  # samples alone may be one and the same
+    for stride, size in sorted(zip(strides[1:], shape[1:], strict=True)) + [(strides[0], shape[0])] * (strides[0] > 0):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
 
 
 _KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
@@ -143,9 +155,15 @@ def function(name: str, signature: str) -> Callable[..., None]:
     """A compiled kernel; its arguments, a letter each: p, tensor, array or None; i, whole number; d, number."""
     found = getattr(_found()[0], name)
     found.argtypes, found.restype = [_KINDS[kind] for kind in signature], None
+    pointers = [kind == "p" for kind in signature]
 
     def call(*given: Any) -> None:  # which holds the tensors until it returns
-        found(*[one.data_ptr() if isinstance(one, Tensor) else one for one in given])
+        found(
+            *[
+                one.data_ptr() if pointer and isinstance(one, Tensor) else one
+                for pointer, one in zip(pointers, given, strict=True)
+            ]
+        )
 
     return call
 

@@ -87,10 +87,13 @@ def _refusal(
 ) -> str | None:
     if reason := refused_native(x):
         return reason
+    if x.dim() < 3:
+        return f"x of shape {tuple(x.shape)} has no positions"
     given = [p for p in (weight, bias, tau, eps_l) if p is not None]
     if any(p.dtype != x.dtype or p.device != x.device or not p.is_contiguous() for p in given):
         return "a parameter has another dtype than x or is not contiguous"
-    if any(p.shape != x.shape[1:2] and not (p is eps_l and p.shape == (1,)) for p in given):
+    of_channels = (weight, bias, tau, None if eps_l is None or eps_l.shape == (1,) else eps_l)
+    if any(p is not None and p.shape != x.shape[1:2] for p in of_channels):
         return "a parameter is not one number a channel of x"
     return None if passes(x) else "x is neither contiguous nor channels last"
 

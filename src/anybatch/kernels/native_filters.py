@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.native_common import function, refused_native
+from anybatch.kernels.recompute import several_at_once
 from anybatch.methods.filters import Rows, Rule, pulled_rows, standardized_rows
 
 _PLACES = ("inside", "outside", "floor")
@@ -34,6 +35,8 @@ def native_standardized_rows(rows: Tensor, rule: Rule, gain: Tensor | None = Non
 def _refusal_of_pull(
     gradient: Tensor, values: Tensor, mean: Tensor | None, scale: Tensor, pull: Tensor | None, gain: Tensor | None
 ) -> str | None:
+    if several_at_once(gradient):
+        return "there are several gradients at once"
     return "torch standardized the rows" if pull is None else _refused(values, gradient, mean, scale, pull, gain)
 
 

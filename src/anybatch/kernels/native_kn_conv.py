@@ -31,8 +31,10 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
         return reason
     if not 3 <= x.dim() <= 5:
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions"
-    if bias is not None and bias.dtype != x.dtype:
-        return f"bias is {bias.dtype}"
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        return "bias is not one number of the dtype of x for each filter, one behind the other"
+    if not weight.numel():
+        return "there are no filters"
     if (seed := options.get("seed")) is not None and seed.device.type != "cpu":
         return f"seed is on {seed.device.type}"
     return None if passes(x) else "x is neither contiguous nor channels last"

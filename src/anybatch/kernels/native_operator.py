@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import passes, refused_c
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 
 
 class NativeOperator:
@@ -109,7 +109,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, rest, kept = _kept(ctx)
-        if torch.is_grad_enabled():  # second derivatives
+        if taken_in_formulas(gradient):  # second derivatives
             return None, None, *recomputed_gradients(ctx.reference, (x, *rest), gradient)
         g_x, made = ctx.operator.backward(gradient, x, *rest, *kept)
         return None, None, g_x, *ctx.operator.gradients(made, *rest)

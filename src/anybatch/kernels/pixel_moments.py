@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.methods.common import per_channel, widened
 from anybatch.methods.positional_norm import positional_norm
 
@@ -90,7 +90,7 @@ class _PositionalNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, mean, rstd = ctx.saved_tensors
         given = (x, weight, bias)
-        if torch.is_grad_enabled():  # for second derivatives
+        if taken_in_formulas(gradient):  # for second derivatives
             reference = partial(positional_norm.reference, **ctx.options)
             return *recomputed_gradients(reference, given, gradient), None, None, None
         wide = widened(x)

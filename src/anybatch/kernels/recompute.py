@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from anybatch.dispatch import Op
 
@@ -33,6 +34,16 @@ class _Recomputed(torch.autograd.Function):
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         args = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors]
         return None, *recomputed_gradients(ctx.call, args, gradient)
+
+
+def taken_in_formulas(*gradients: Tensor | None) -> bool:
+    """Whether a backward must be formulas: it is differentiated itself, or takes several gradients at once."""
+    return torch.is_grad_enabled() or any(g is not None and several_at_once(g) for g in gradients)
+
+
+def several_at_once(gradient: Tensor) -> bool:
+    """Whether it is a batch of gradients, as ``is_grads_batched=True`` gives, whose memory no kernel can read."""
+    return is_legacy_batchedtensor(gradient)
 
 
 def recomputed_gradients(call: Callable[..., Tensor], args: Sequence[Any], gradient: Tensor) -> list[Tensor | None]:

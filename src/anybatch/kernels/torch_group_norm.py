@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.methods.common import activated
 from anybatch.methods.group_norm import group_norm
 
@@ -65,7 +65,7 @@ class _Activated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for second derivatives, which torch's backward kernel has not
+        if taken_in_formulas(gradient):  # for second derivatives, which torch's backward kernel has not
             call = partial(group_norm.reference, eps=ctx.eps, activation=ctx.activation)
             return *recomputed_gradients(call, (x, ctx.groups, weight, bias), gradient), None, None
         y, mean, rstd = _native(x, ctx.groups, weight, bias, ctx.eps)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.kernels.activations import refused_tracing
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.methods.common import widened
 from anybatch.methods.filters import Rule, as_rows, from_rows, pulled_rows, standardized_rows
 from anybatch.methods.scaled_weight_standardization import filter_rule, scaled_weight_standardize
@@ -36,7 +36,7 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, gain, mean, scale, pull = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient that is differentiated again
+        if taken_in_formulas(gradient):  # a gradient that is differentiated again
             return *recomputed_gradients(ctx.reference, (weight, gain), gradient), None, None
         rows, g = widened(as_rows(weight)), widened(as_rows(gradient, like=weight))  # pyright: ignore[reportArgumentType]
         gain_o1 = None if gain is None else gain.reshape(-1, 1).to(rows.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.activations import refused_activation
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.kernels.triton_channel_plans import Forward, Norm, backward, forward, whole_backward, whole_forward
 from anybatch.kernels.triton_common import (
@@ -75,7 +75,7 @@ class _ChannelNorm(torch.autograd.Function):
         norm, shared = ctx.norm, ctx.shared
         x, *saved = ctx.saved_tensors
         given, kept = saved[: ctx.count], saved[ctx.count :]
-        if torch.is_grad_enabled():  # for second derivatives
+        if taken_in_formulas(gradient):  # for second derivatives
             return None, None, None, *recomputed_gradients(ctx.reference, (x, *given), gradient)
         *parameters, floor = given
         n, channels = x.shape[:2]

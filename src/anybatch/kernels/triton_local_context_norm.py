@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anybatch.kernels.layouts import Layout, layout_of
 from anybatch.kernels.local_windows import refused_windows
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.kernels.triton_common import (
     Dtypes,
     Plan,
@@ -231,7 +231,7 @@ class _LocalContextNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias = ctx.saved_tensors
         options: _Options = ctx.options
-        if torch.is_grad_enabled():  # for second derivatives
+        if taken_in_formulas(gradient):  # for second derivatives
             reference = partial(local_context_norm.reference, eps=options.eps)
             given = (x, options.windows, options.each, weight, bias)
             g_x, _, _, g_weight, g_bias = recomputed_gradients(reference, given, gradient)

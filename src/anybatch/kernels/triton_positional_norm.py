@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anybatch.kernels.activations import refused_activation
 from anybatch.kernels.layouts import Layout, layout_of
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.kernels.triton_common import (
     Dtypes,
     Plan,
@@ -129,7 +129,7 @@ class _PositionalNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, moments, _ = ctx.saved_tensors  # the first moment, behind which the other lies
         options: _Options = ctx.options
-        if torch.is_grad_enabled():  # for second derivatives
+        if taken_in_formulas(gradient):  # for second derivatives
             reference = partial(positional_norm.reference, **options._asdict())
             return None, *recomputed_gradients(reference, (x, weight, bias), gradient)
         g_x = torch.empty_like(x)

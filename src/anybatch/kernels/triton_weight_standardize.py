@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.recompute import recomputed_gradients
+from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.kernels.triton_common import (
     Dtypes,
     Plan,
@@ -67,7 +67,7 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, gain, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient that is differentiated again
+        if taken_in_formulas(gradient):  # a gradient that is differentiated again
             return *recomputed_gradients(ctx.reference, (weight, gain), gradient), None, None
         g_weight, g = torch.empty_like(weight), laid_out(gradient, weight)
         g_gain = None if gain is None else torch.empty_like(stats[0])
@@ -238,7 +238,7 @@ class _Together(torch.autograd.Function):
         batch: _Batch = ctx.batch
         count = len(gradients)
         weights, gains = given[:count], given[count:]
-        if torch.is_grad_enabled():  # gradients that are differentiated again
+        if taken_in_formulas(*gradients):  # gradients that are differentiated again
             found = [
                 [None, None] if g is None else recomputed_gradients(layer.standardize, (w, gain), g)
                 for layer, w, gain, g in zip(batch.layers, weights, gains, gradients, strict=True)

@@ -82,6 +82,9 @@ INLINE void finish_plane(int64_t size, const float *restrict x, const float *res
 
 INLINE int64_t rows_of(const Map *m) { return MIN(chunk_of(m), ROWS_SUMMED); }
 
+/* One channel is a plane, whatever its step is. */
+INLINE int by_rows(const Map *m) { return channels_last(m) && !(m->c == 1 && m->s_step == 1); }
+
 /* s of a channel. `eps_l` is (C,), (1,) if `one`, or NULL. */
 INLINE float scale_of(double squares, int64_t positions, double eps, const float *eps_l, int64_t one, int64_t i) {
     return (float)(1 / sqrt(squares / positions + eps + (eps_l ? fabs(eps_l[one ? 0 : i]) : 0)));
@@ -94,7 +97,7 @@ void filter_response_norm(const int64_t *map, const int64_t *map_of_y, const flo
     const Map *m = (const Map *)map, *of_y = (const Map *)map_of_y;
     Scales of = {weight, bias, tau};
     int64_t c = m->c;
-    if (!channels_last(m)) {
+    if (!by_rows(m)) {
 #pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
         for (int64_t job = 0; job < m->n * c; job++) {
             int64_t n = job / c, i = job % c;
@@ -138,7 +141,7 @@ void filter_response_norm_backward(const int64_t *map, const int64_t *map_of_g, 
                                    const float *rstd, float *gx, float *made) {
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
     Scales of = {weight, bias, tau};
-    int64_t c = m->c, last = channels_last(m), chunk = last ? rows_of(m) : PIECE;
+    int64_t c = m->c, last = by_rows(m), chunk = last ? rows_of(m) : PIECE;
     int64_t chunks = (m->s + chunk - 1) / chunk, jobs = m->n * chunks;
     float *sums = memset(room(3 * jobs * c), 0, 3 * jobs * c * sizeof(float)); /* (N, chunks, 3, C) */
     float *scale = room(2 * m->n * c), *slope = scale + m->n * c, *found = room(4 * m->n * c);
