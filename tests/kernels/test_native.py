@@ -205,7 +205,15 @@ def of_any_layout(x: Tensor) -> dict[str, Tensor]:
         "overlapping rows": x.flatten().as_strided((2, 6, 5, 7), (60, 1, 7, 1)),
         "overlapping channels": x.flatten().as_strided((2, 6, 5, 7), (60, 3, 7, 1)),
         "turned": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "samples behind channels": x.transpose(0, 1).contiguous().transpose(0, 1),
     }
+
+
+def test_which_layouts_the_kernels_take() -> None:
+    maps = of_any_layout(torch.zeros(2, 6, 5, 7))
+    refused = {layout for layout, x in maps.items() if explain(group_norm, x, 2)["native"] != "runs"}
+    everywhere = {"one position everywhere", "one position everywhere, its channels last"}
+    assert refused == {*everywhere, "overlapping rows", "overlapping channels", "turned"}
 
 
 @pytest.mark.parametrize("layout", of_any_layout(torch.zeros(2, 6, 5, 7)))

@@ -33,6 +33,17 @@ def steps(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
     return Layout(strides[0], step, strides[1])
 
 
+@functools.lru_cache(4096)
+def apart(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether the values of (N, C, *) lie at places of their own; samples may be one and the same."""
+    reach, first = 0, 0 if strides[0] else 1
+    for stride, size in sorted(zip(strides[first:], shape[first:], strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
 def layout_of(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
     """`steps` of a map that has them."""
     if (layout := steps(shape, strides)) is None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.kernels.activations import refused_tracing
-from anybatch.kernels.layouts import layout_of, steps
+from anybatch.kernels.layouts import apart, layout_of, steps
 
 _SOURCES = Path(__file__).with_name("c")
 _FLAGS = (
@@ -137,14 +137,7 @@ def passes(x: Tensor) -> bool:
 @functools.lru_cache(4096)
 def _passes(shape: torch.Size, strides: tuple[int, ...]) -> bool:
     layout = steps(shape, strides)
-    if layout is None or (layout.channel != 1 and layout.position != 1):
-        return False
-    reach = 0  # samples alone may be one and the same
-    for stride, size in sorted(zip(strides[1:], shape[1:], strict=True)) + [(strides[0], shape[0])] * (strides[0] > 0):
-        if size > 1 and stride <= reach:
-            return False
-        reach += (size - 1) * stride
-    return True
+    return layout is not None and 1 in (layout.channel, layout.position) and apart(shape, strides)
 
 
 _KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}

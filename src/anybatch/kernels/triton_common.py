@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.activations import refused_tracing
-from anybatch.kernels.layouts import laid_out, steps
+from anybatch.kernels.layouts import apart, laid_out, steps
 
 Result = TypeVar("Result")
 
@@ -95,7 +95,7 @@ def readable(g: Tensor, like: Tensor) -> Tensor:
 
 def refused_layout(x: Tensor) -> str | None:
     """Why kernels cannot find the values of (N, C, *), or None."""
-    if steps(x.shape, x.stride()) is None:
+    if steps(x.shape, x.stride()) is None or not apart(x.shape, x.stride()):
         return "x is neither contiguous nor channels last"
     span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     return f"a sample of x spans {span} values, 2^31 or more" if span >= 2**31 else None
