@@ -136,9 +136,12 @@ def _dense(values: Sequence[Any]) -> list[Any]:
     return [a.contiguous() if isinstance(a, Tensor) else a for a in values]
 
 
-@torch.compiler.assume_constant_result
 def _refused_c() -> str | None:
     return refused_c()
+
+
+# What `torch.compiler.assume_constant_result` sets, which loads the compiler, seconds' worth, for all who import this.
+_refused_c.__dict__["_dynamo_marked_constant"] = True
 
 
 def refused_compiled(x: Tensor, *tensors: Tensor | None) -> str | None:
