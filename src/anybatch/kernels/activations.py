@@ -58,3 +58,10 @@ def refused_tracing() -> str | None:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation take derivatives of formulas"
     return None
+
+
+def refused_export() -> str | None:
+    """Why an operator of ours does not go into a program, or None."""
+    # The flag itself: torch 2.11 takes `torch.compiler.is_exporting()` for true in all that it compiles.
+    exporting = torch.compiler._is_exporting_flag  # pyright: ignore[reportPrivateUsage]
+    return "exported programs are to run anywhere" if exporting else None

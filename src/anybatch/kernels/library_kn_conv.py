@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.kernels.activations import refused_export
 from anybatch.kernels.fused_kn_conv import STAGES, normalized_conv, pulled_back, refusal
 from anybatch.kernels.kn_stages import Normalized, Stages, rounds
 from anybatch.kernels.layouts import laid_out
@@ -209,8 +210,8 @@ _autocast("cuda", "AutocastCUDA")
 def _refusal(x: Tensor, *args: Any, **options: Any) -> str | None:
     if not torch.compiler.is_compiling():
         return "nothing is compiled"
-    if torch.compiler.is_exporting():
-        return "exported programs are to run anywhere"
+    if (reason := refused_export()) is not None:
+        return reason
     return refusal(x, *args, traced=True, **options)
 
 

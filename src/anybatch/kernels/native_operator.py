@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.kernels.activations import refused_export
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import passes, refused_c
 from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
@@ -148,8 +149,8 @@ def refused_compiled(x: Tensor, *tensors: Tensor | None) -> str | None:
     """Why code that is being compiled cannot call kernels in C, or None."""
     if not torch.compiler.is_compiling():
         return "nothing is compiled"
-    if torch.compiler.is_exporting():
-        return "exported programs are to run anywhere"
+    if (reason := refused_export()) is not None:
+        return reason
     if torch._C._are_functorch_transforms_active():
         return "torch.func takes derivatives of formulas"
     if x.device.type != "cpu":
