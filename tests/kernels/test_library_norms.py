@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch.dispatch import backend, explain
+from anybatch.dispatch import backend
 from anybatch.functional import (
     batch_channel_norm,
     filter_response_norm,
@@ -190,10 +190,6 @@ def test_silu_is_left_to_the_compiler() -> None:
     layer = GroupNorm(6, 2)
     assert layer.take_activation(nn.SiLU())
     assert not called_by(layer, torch.randn(2, 6, 5, 4))
-
-
-def test_eager_code_does_not_call_it() -> None:
-    assert explain(group_norm, torch.randn(2, 6, 5, 4), 2)["library"] == "nothing is compiled"
 
 
 @LAYERS

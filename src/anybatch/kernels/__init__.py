@@ -2,7 +2,6 @@
 
 from anybatch.kernels import channel_moments as channel_moments
 from anybatch.kernels import library_kn_conv as library_kn_conv
-from anybatch.kernels import library_norms as library_norms
 from anybatch.kernels import native_channel_norm as native_channel_norm
 from anybatch.kernels import native_filter_response_norm as native_filter_response_norm
 from anybatch.kernels import native_filters as native_filters

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import as_map, function, passes, refused_native
-from anybatch.kernels.native_operator import NativeOperator
+from anybatch.kernels.native_operator import NativeOperator, refused_norm
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, image_rate, updated_estimates
 from anybatch.methods.batch_norm import channel_moments, sharing
@@ -100,13 +100,7 @@ CHANNEL_NORM = NativeOperator(
 
 
 def _refused(x: Tensor, groups: int, activation: str, *tensors: Tensor | None) -> str | None:
-    if (reason := refused_native(x)) or (reason := refused_groups(x, groups)):
-        return reason
-    if activation not in ("none", "relu"):
-        return f"activation={activation!r} is none of none, relu"
-    if any(t is not None and (t.dtype != x.dtype or t.device != x.device or not t.is_contiguous()) for t in tensors):
-        return "a parameter has another dtype than x or is not contiguous"
-    return None if passes(x) else "x is neither contiguous nor channels last"
+    return refused_norm(x, *tensors, activation=activation) or refused_groups(x, groups)
 
 
 def _refusal(
@@ -133,7 +127,7 @@ def native_group_norm(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    return CHANNEL_NORM.eager(_reference, x, groups, weight, bias, *[None] * 4, eps, activation == "relu")
+    return CHANNEL_NORM(_reference, x, groups, weight, bias, *[None] * 4, eps, activation == "relu")
 
 
 def _batch_refusal(
@@ -174,7 +168,7 @@ def native_batch_channel_norm(
     activation: str = "none",
 ) -> Tensor:
     batch = (mean, var, batch_weight, batch_bias)
-    return CHANNEL_NORM.eager(_reference, x, groups, weight, bias, *batch, eps, activation == "relu")
+    return CHANNEL_NORM(_reference, x, groups, weight, bias, *batch, eps, activation == "relu")
 
 
 def _refusal_of_moments(x: Tensor) -> str | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.native_common import as_map, function, passes, refused_native
-from anybatch.kernels.native_operator import NativeOperator
+from anybatch.kernels.native_common import as_map, function
+from anybatch.kernels.native_operator import NativeOperator, refused_norm
 from anybatch.kernels.native_positional_norm import scales
 from anybatch.methods.filter_response_norm import filter_response_norm
 
@@ -85,17 +85,14 @@ def _refusal(
     *,
     eps: float = 1e-6,
 ) -> str | None:
-    if reason := refused_native(x):
+    if reason := refused_norm(x, weight, bias, tau, eps_l):
         return reason
     if x.dim() < 3:
         return f"x of shape {tuple(x.shape)} has no positions"
-    given = [p for p in (weight, bias, tau, eps_l) if p is not None]
-    if any(p.dtype != x.dtype or p.device != x.device or not p.is_contiguous() for p in given):
-        return "a parameter has another dtype than x or is not contiguous"
     of_channels = (weight, bias, tau, None if eps_l is None or eps_l.shape == (1,) else eps_l)
     if any(p is not None and p.shape != x.shape[1:2] for p in of_channels):
         return "a parameter is not one number a channel of x"
-    return None if passes(x) else "x is neither contiguous nor channels last"
+    return None
 
 
 @filter_response_norm.kernel("native", refusal=_refusal, first=True)
@@ -108,4 +105,4 @@ def native_filter_response_norm(
     *,
     eps: float = 1e-6,
 ) -> Tensor:
-    return FILTER_RESPONSE_NORM.eager(_reference, x, weight, bias, tau, eps_l, eps)
+    return FILTER_RESPONSE_NORM(_reference, x, weight, bias, tau, eps_l, eps)

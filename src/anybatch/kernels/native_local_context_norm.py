@@ -10,8 +10,8 @@ from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.local_windows import refused_windows
-from anybatch.kernels.native_common import as_map, function, numbers, passes, refused_native
-from anybatch.kernels.native_operator import NativeOperator
+from anybatch.kernels.native_common import as_map, function, numbers
+from anybatch.kernels.native_operator import NativeOperator, refused_norm
 from anybatch.kernels.native_positional_norm import of_scales, scales
 from anybatch.methods.local_context_norm import Window, local_context_norm, windows_within
 
@@ -74,18 +74,15 @@ def _refusal(
     eps: float = 1e-5,
     released: bool = False,
 ) -> str | None:
-    if reason := refused_native(x) or refused_windows(x, window, channels_per_group, released):
+    if reason := refused_norm(x, weight, bias) or refused_windows(x, window, channels_per_group, released):
         return reason
     if x.dim() > 4:
         return f"x of shape {tuple(x.shape)} is no map of one or two dimensions"
     if windows_within(window, x.shape[2:]) == tuple(x.shape[2:]):
         return "windows cover the map, so that it is group_norm's"
-    if any(
-        p is not None and (p.numel() != x.shape[1] or p.dtype != x.dtype or not p.is_contiguous())
-        for p in (weight, bias)
-    ):
-        return "weight or bias is not one number of the dtype of x for each of its channels"
-    return None if passes(x) else "x is neither contiguous nor channels last"
+    if any(p is not None and p.numel() != x.shape[1] for p in (weight, bias)):
+        return "weight or bias is not one number for each channel of x"
+    return None
 
 
 @local_context_norm.kernel("native", refusal=_refusal, first=True)
@@ -100,4 +97,4 @@ def native_local_context_norm(
     released: bool = False,
 ) -> Tensor:
     window = windows_within(window, x.shape[2:])
-    return LOCAL_CONTEXT_NORM.eager(_reference, x, window, channels_per_group, weight, bias, eps)
+    return LOCAL_CONTEXT_NORM(_reference, x, window, channels_per_group, weight, bias, eps)

@@ -1,6 +1,6 @@
 """Norms in C as autograd and torch.compile see them: two calls, and what is kept between them.
 
-Eager code goes through `NativeOperator.eager`. Compiled code calls an operator of torch.library, since the compiler's
+Eager code has a function of autograd's. Compiled code calls an operator of torch.library, since the compiler's
 own passes over maps take up to 22 times as long on the CPU (docs/log.md); exported programs hold formulas, which run
 anywhere.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anybatch.kernels.activations import refused_export
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.native_common import passes, refused_c
+from anybatch.kernels.native_common import passes, refused_c, refused_native
 from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 
 
@@ -63,8 +63,12 @@ class NativeOperator:
         self._pull.register_fake(lambda _, x, *__: self._no_gradients(x))
         self._run.register_autograd(self._gradients, setup_context=_keep)
 
+    def __call__(self, reference: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        """The norm of what `refused_norm` takes; ``reference`` gives it in formulas, for second derivatives."""
+        return self.compiled(x, *rest) if torch.compiler.is_compiling() else self.eager(reference, x, *rest)
+
     def eager(self, reference: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-        """The norm; ``reference`` gives it in formulas, for second derivatives."""
+        """The norm in code that runs as it is read."""
         return _Eager.apply(self, reference, x, *rest)  # pyright: ignore[reportReturnType]
 
     def compiled(self, x: Tensor, *rest: Any) -> Tensor:
@@ -145,10 +149,20 @@ def _refused_c() -> str | None:
 _refused_c.__dict__["_dynamo_marked_constant"] = True
 
 
-def refused_compiled(x: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why code that is being compiled cannot call kernels in C, or None."""
-    if not torch.compiler.is_compiling():
-        return "nothing is compiled"
+def refused_norm(x: Tensor, *tensors: Tensor | None, activation: str = "none") -> str | None:
+    """Why norms in C cannot take (N, C, *) and its parameters, or None; in code that is compiled too."""
+    if activation not in ("none", "relu"):
+        return f"activation={activation!r} is none of none, relu"
+    if torch.compiler.is_compiling():
+        return _refused_compiled(x, *tensors)
+    if reason := refused_native(x):
+        return reason
+    if any(t is not None and (t.dtype != x.dtype or t.device != x.device or not t.is_contiguous()) for t in tensors):
+        return "a parameter has another dtype than x or is not contiguous"
+    return None if passes(x) else "x is neither contiguous nor channels last"
+
+
+def _refused_compiled(x: Tensor, *tensors: Tensor | None) -> str | None:
     if (reason := refused_export()) is not None:
         return reason
     if torch._C._are_functorch_transforms_active():

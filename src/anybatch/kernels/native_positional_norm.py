@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.native_common import as_map, function, passes, refused_native
-from anybatch.kernels.native_operator import NativeOperator
+from anybatch.kernels.native_common import as_map, function
+from anybatch.kernels.native_operator import NativeOperator, refused_norm
 from anybatch.methods.positional_norm import positional_norm
 
 
@@ -75,18 +75,13 @@ POSITIONAL_NORM = NativeOperator(
 def _refusal(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, activation: str = "none", **_: Any
 ) -> str | None:
-    if reason := refused_native(x):
+    if reason := refused_norm(x, weight, bias, activation=activation):
         return reason
     if x.shape[1] < 2:
         return "the arguments are none that positional_norm takes"
-    if activation not in ("none", "relu"):
-        return f"activation={activation!r} is none of none, relu"
-    if any(
-        p is not None and (p.numel() != x.shape[1] or p.dtype != x.dtype or not p.is_contiguous())
-        for p in (weight, bias)
-    ):
-        return "weight or bias is not one number of the dtype of x for each of its channels"
-    return None if passes(x) else "x is neither contiguous nor channels last"
+    if any(p is not None and p.numel() != x.shape[1] for p in (weight, bias)):
+        return "weight or bias is not one number for each channel of x"
+    return None
 
 
 @positional_norm.kernel("native", refusal=_refusal, first=True)
@@ -99,4 +94,4 @@ def native_positional_norm(
     unbiased: bool = False,
     activation: str = "none",
 ) -> Tensor:
-    return POSITIONAL_NORM.eager(_reference, x, weight, bias, eps, unbiased, activation == "relu")
+    return POSITIONAL_NORM(_reference, x, weight, bias, eps, unbiased, activation == "relu")
