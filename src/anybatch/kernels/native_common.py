@@ -61,6 +61,10 @@ def refused_c() -> str | None:
     return _found()[1]
 
 
+# What `torch.compiler.assume_constant_result` sets, which loads the compiler, seconds' worth, for all who import this.
+refused_c.__dict__["_dynamo_marked_constant"] = True
+
+
 @functools.cache
 def _found() -> tuple[Any, str | None]:
     """The library, or why there is none."""

@@ -65,14 +65,8 @@ class NativeOperator:
 
     def __call__(self, reference: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
         """The norm of what `refused_norm` takes; ``reference`` gives it in formulas, for second derivatives."""
-        return self.compiled(x, *rest) if torch.compiler.is_compiling() else self.eager(reference, x, *rest)
-
-    def eager(self, reference: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-        """The norm in code that runs as it is read."""
-        return _Eager.apply(self, reference, x, *rest)  # pyright: ignore[reportReturnType]
-
-    def compiled(self, x: Tensor, *rest: Any) -> Tensor:
-        """The norm in code that is compiled."""
+        if not torch.compiler.is_compiling():
+            return _Eager.apply(self, reference, x, *rest)  # pyright: ignore[reportReturnType]
         made = self._run(x, *rest)
         return made[0] if self.kept else made
 
@@ -141,14 +135,6 @@ def _dense(values: Sequence[Any]) -> list[Any]:
     return [a.contiguous() if isinstance(a, Tensor) else a for a in values]
 
 
-def _refused_c() -> str | None:
-    return refused_c()
-
-
-# What `torch.compiler.assume_constant_result` sets, which loads the compiler, seconds' worth, for all who import this.
-_refused_c.__dict__["_dynamo_marked_constant"] = True
-
-
 def refused_norm(x: Tensor, *tensors: Tensor | None, activation: str = "none") -> str | None:
     """Why norms in C cannot take (N, C, *) and its parameters, or None; in code that is compiled too."""
     if activation not in ("none", "relu"):
@@ -171,4 +157,4 @@ def _refused_compiled(x: Tensor, *tensors: Tensor | None) -> str | None:
         return f"x is on {x.device.type}"
     if any(t is not None and t.dtype != torch.float32 for t in (x, *tensors)):
         return "something is not float32"
-    return f"x of shape {tuple(x.shape)} has no channels" if x.dim() < 2 else _refused_c()
+    return f"x of shape {tuple(x.shape)} has no channels" if x.dim() < 2 else refused_c()
