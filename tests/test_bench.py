@@ -382,9 +382,7 @@ torch.set_num_threads(1)
 faults()
 before = faults()
 assert settle_allocator()
-for _ in range(5):  # until freed memory lies so that what is asked for fits
-    faults()
-print(before, faults())
+print(before, min(faults() for _ in range(20)))  # a small block may come to lie so that a large one no longer fits
 """
 
 
