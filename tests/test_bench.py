@@ -64,8 +64,10 @@ def test_a_bench_leaves_rows_a_table_and_a_figure(capsys: Any, monkeypatch: pyte
     code, out, err = call(capsys, monkeypatch, *WORDS, "--cases", "norm,agc", "--schemes", "gn", "--out", tmp_path)
     assert code == 0, err
     assert "rows: " in out
-    found = runner.read(tmp_path / "cpu.jsonl")
-    assert (tmp_path / "cpu.png").stat().st_size > 1000
+    (file,) = tmp_path.glob("*.jsonl")
+    assert file == runner.file_in(tmp_path, torch.device("cpu"))
+    found = runner.read(file)
+    assert file.with_suffix(".png").stat().st_size > 1000
     (gn,) = (row for row in found if row["variant"] == "gn")
     assert (gn["case"], gn["status"], gn["baseline"], gn["clock"]) == ("norm", "ok", "bn", "cpu")
     assert gn["ratio"] is not None
@@ -239,16 +241,20 @@ def test_the_page_of_speed_is_made_of_rows(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     written = [_row("kn(p=0)", 1.5), _row("kn", 1.1), _row("gn", 1.0, status="failed", message="no reason | at all")]
     for row in written:
-        runner.rows.append(tmp_path / "rows" / "cpu.jsonl", row)
+        runner.rows.append(tmp_path / "rows" / "cpu-a.jsonl", row)
+    runner.rows.append(tmp_path / "rows" / "cpu-b.jsonl", _row("kn", 1.3, machine="cpu-b", device="CPU, B, 8 cores"))
     done = script("speed.py", "--rows", tmp_path / "rows", "--out", tmp_path / "speed.md")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "speed.md").read_text(encoding="utf-8")
-    assert text == speed_page(
-        {"cpu": runner.read(tmp_path / "rows" / "cpu.jsonl")}, "anybatch bench --out benchmarks/rows"
-    )
+    files = [tmp_path / "rows" / f"cpu-{name}.jsonl" for name in "ab"]
+    assert text == speed_page({file.stem: runner.read(file) for file in files}, "anybatch bench --out benchmarks/rows")
     assert "| KNConv + ReLU, p = 0 | 1.4 | ≤ 1.08 | ≤ 0.97 | 1.5 |  | **falls short** |" in text
     assert "| KNConv + ReLU, p > 0 | 1.8 | ≤ 1.12 | ≤ 1 | 1.1 |  | holds |" in text
-    assert "not measured on a GPU" in text
+    assert (
+        "| KNConv + ReLU, p > 0 | 1.8 | ≤ 1.12 | ≤ 1 | 1.3 |  | **falls short** |"
+        in text.split("### CPU, B, 8 cores, 1 thread")[1]
+    )
+    assert "Nothing was measured on a GPU" in text
     assert "no reason \\| at all" in text
 
 
@@ -257,7 +263,7 @@ def test_rows_of_tuned_kernels_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned["autotuned"] = True
     del older["autotuned"]
     assert [line(row)[3] for row in (tuned, plain, older)] == ["eager, autotuned", "eager", "eager"]
-    assert "| kn | eager, autotuned |" in speed_page({"a gpu": [tuned]}, "a command")
+    assert "| kn | eager, autotuned |" in speed_page({"a-gpu": [tuned]}, "a command")
     assert tuned["id"] == plain["id"]  # so that two files can be compared
 
 
@@ -338,7 +344,7 @@ def test_the_script_needs_torch_alone(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
-    assert runner.read(tmp_path / "cpu.jsonl")
+    assert runner.read(runner.file_in(tmp_path, torch.device("cpu")))
 
 
 def test_rounds_time_every_variant_and_prepare_it() -> None:

@@ -67,7 +67,7 @@ class Row(TypedDict):
     """Relative to float64, of the tensor for which it was nearest to what is allowed."""
     allowed: float | None
     machine: str
-    """``"cpu"`` or the kind of GPU; rows of one kind are kept in one file."""
+    """The kind of processor or GPU; rows of one kind are kept in one file."""
     device: str
     threads: int
     versions: dict[str, str]
@@ -82,10 +82,8 @@ class Row(TypedDict):
 
 
 def machine_of(device: torch.device) -> str:
-    """The kind of machine, as part of a file name."""
-    if device.type == "cpu":
-        return "cpu"
-    name = device_name(device).lower()
+    """The kind of machine, as part of a file name: ``"cpu-"`` and the processor's name, or the GPU's."""
+    name = device_name(device).lower().replace("(r)", " ").replace("(tm)", " ")
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from anybatch.bench.targets import Judged, judged
+from anybatch.bench.targets import Judged, is_gpu, judged
 
 MARKS = {
     "aim": "reaches what we aim at",
@@ -129,7 +129,6 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
         by_machine: Rows of each kind of machine.
         command: How the rows are made.
     """
-    everything = [row for rows in by_machine.values() for row in rows]
     text = [
         "# Speed",
         "",
@@ -142,15 +141,15 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
         "the faster counts; the network around them and BatchNorm's run in eager mode.",
         "",
         "## Targets",
-        "",
-        *markdown(TARGET_HEADINGS, (target_line(one) for one in judged(everything))),
     ]
-    if not any(machine != "cpu" for machine in by_machine):
-        text += ["", f"Nothing was measured on a GPU. On a machine that has one, `{command}` does it."]
     for machine, rows in by_machine.items():
-        devices = dict.fromkeys(f"{row['device']}, {row['threads']} threads" for row in rows)
+        own = (one for one in judged(rows) if one.target.gpu == is_gpu(machine))
+        text += ["", f"### {_device(rows)}", "", *markdown(TARGET_HEADINGS, map(target_line, own))]
+    if not any(map(is_gpu, by_machine)):
+        text += ["", f"Nothing was measured on a GPU. On a machine that has one, `{command}` does it."]
+    for rows in by_machine.values():
         versions = dict.fromkeys(f"torch {row['versions']['torch']}" for row in rows)
-        text += ["", f"## {machine}", "", f"{'; '.join(devices)}; {'; '.join(versions)}."]
+        text += ["", f"## {_device(rows)}", "", f"{'; '.join(versions)}."]
         for case in dict.fromkeys(row["case"] for row in rows):
             mine = [row for row in rows if row["case"] == case]
             text += ["", f"### {case}", ""]
@@ -162,6 +161,13 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
             else:
                 text += markdown(HEADINGS[1:], (line(row)[1:] for row in mine))
     return "\n".join(text) + "\n"
+
+
+def _device(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What rows of one kind of machine ran on."""
+    return "; ".join(
+        dict.fromkeys(f"{row['device']}, {row['threads']} thread" + "s" * (row["threads"] > 1) for row in rows)
+    )
 
 
 def comparison(first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]]) -> list[list[str]]:

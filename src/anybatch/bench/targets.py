@@ -54,13 +54,18 @@ class Target:
             and any(fnmatchcase(row["variant"], pattern) for pattern in self.variants)
             and row["mode"] in self.modes
             and row["precision"] == self.precision
-            and (row["machine"] != "cpu") == self.gpu
+            and is_gpu(row["machine"]) == self.gpu
             and row.get(self.number) is not None
             and all(
                 row["facts"].get(name) in (value if isinstance(value, tuple) else (value,))
                 for name, value in self.facts
             )
         )
+
+
+def is_gpu(machine: str) -> bool:
+    """Whether a kind of machine is one of GPUs."""
+    return machine.partition("-")[0] != "cpu"
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,6 @@ class Judged:
     low: float | None
     high: float | None
     cells: int
-    machine: str
 
     @property
     def mark(self) -> Mark:
@@ -158,16 +162,14 @@ def judged(rows: Iterable[Mapping[str, Any]], targets: Sequence[Target] = TARGET
 
 def _judge(target: Target, rows: Sequence[Mapping[str, Any]]) -> Judged:
     best: dict[tuple[str, ...], float] = {}
-    machines: dict[str, None] = {}
     for row in rows:
         if not target.takes(row):
             continue
         cell = (row["variant"], *(f"{name}={value}" for name, value in row["facts"].items()))
         value = row[target.number]
         best[cell] = min(value, best.get(cell, value))
-        machines[f"{row['device']}, {row['threads']} threads" if not target.gpu else row["device"]] = None
     values = list(best.values())
     if not values:
-        return Judged(target, None, None, None, 0, "")
+        return Judged(target, None, None, None, 0)
     measured = max(values) if target.reduce == "largest" else statistics.geometric_mean(values)
-    return Judged(target, measured, min(values), max(values), len(values), "; ".join(machines))
+    return Judged(target, measured, min(values), max(values), len(values))
