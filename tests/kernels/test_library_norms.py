@@ -55,16 +55,16 @@ BATCH = (C, Drawn(6, positive=True), C, C)
 CASES = {
     "group_norm": Case(
         "channel_norm",
-        (2, C, C, *[None] * 4, 1e-3, True),
+        (*[None] * 4, C, C, 2, 1e-3, True),
         lambda x, w, b: group_norm.reference(x, 2, w, b, eps=1e-3, activation="relu"),
     ),
     "group_norm_alone": Case(
-        "channel_norm", (6, None, None, *[None] * 4, 1e-3, False), lambda x: group_norm.reference(x, 6, eps=1e-3)
+        "channel_norm", (*[None] * 6, 6, 1e-3, False), lambda x: group_norm.reference(x, 6, eps=1e-3)
     ),
     "batch_channel_norm": Case(
         "channel_norm",
-        (2, G, G, *BATCH, 1e-3, True),
-        lambda x, w, b, *batch: batch_channel_norm.reference(x, 2, *batch, w, b, eps=1e-3, activation="relu"),
+        (*BATCH, G, G, 2, 1e-3, True),
+        lambda x, *p: batch_channel_norm.reference(x, 2, *p, eps=1e-3, activation="relu"),
     ),
     "positional_norm": Case(
         "positional_norm",
@@ -82,7 +82,7 @@ CASES = {
     ),
     "local_context_norm": Case(
         "local_context_norm",
-        ([3, 2], 3, C, C, 1e-3),
+        (C, C, [3, 2], 3, 1e-3),
         lambda x, w, b: local_context_norm.reference(x, (3, 2), 3, w, b, eps=1e-3),
     ),
 }
@@ -126,9 +126,9 @@ def of(made: Any) -> tuple[Tensor, ...]:
 def test_it_passes_opcheck(name: str, layout: str) -> None:
     args = given(name, layout, torch.float32)
     torch.library.opcheck(operator(name).default, tuple(args))
-    plain = [t.detach() if isinstance(t, Tensor) else t for t in args]
-    y, *kept = of(operator(name)(*plain))
-    backward = (torch.ones_like(y), *plain, *kept)
+    x, *rest = (t.detach() if isinstance(t, Tensor) else t for t in args)
+    y, *moments = of(operator(name)(x, *rest))
+    backward = (torch.ones_like(y), x, *(moments or [None]), *rest)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(operator(name, "_backward").default, backward, test_utils=tests)
 

@@ -53,8 +53,8 @@ def layout_of(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
 
 def laid_out(t: Tensor, like: Tensor) -> Tensor:
     """``t``, or a copy that lies in memory as ``like`` does."""
-    strides = zip(t.shape, t.stride(), like.stride(), strict=True)
-    if all(size == 1 or own == other for size, own, other in strides):
+    own, others = t.stride(), like.stride()
+    if own == others or all(n == 1 or a == b for n, a, b in zip(t.shape, own, others, strict=True)):
         return t
     return torch.empty_like(like, dtype=t.dtype).copy_(t)
 

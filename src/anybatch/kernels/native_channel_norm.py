@@ -21,81 +21,74 @@ from anybatch.methods.group_norm import group_norm
 
 def _normalized(
     x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    batch_mean: Tensor | None,
-    batch_var: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
     batch_weight: Tensor | None,
     batch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
     eps: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and the groups' means and 1 / std, (N, G)."""
-    y = torch.empty_like(x)
-    mean, rstd = x.new_empty((2, len(x), groups)).unbind()
-    maps = (as_map(t.shape, t.stride()) for t in (x, y))
-    batch = (batch_mean, batch_var, batch_weight, batch_bias)
-    given = (*batch, weight, bias, _scales(x, weight, bias), eps, relu)
-    function("channel_norm", "ppipppppppidippp")(*maps, groups, x, *given, y, mean, rstd)
-    return y, mean, rstd
+) -> tuple[Tensor, Tensor]:
+    """The result, and the groups' means and 1 / std, (2, N, G)."""
+    y, moments = torch.empty_like(x), x.new_empty((2, x.shape[0], groups))
+    maps = (as_map(x.shape, x.stride()), as_map(y.shape, y.stride()))
+    parameters = (mean, var, batch_weight, batch_bias, weight, bias, _scales(x, weight, bias))
+    function("channel_norm", "ppipppppppidipp")(*maps, groups, x, *parameters, eps, relu, y, moments)
+    return y, moments
 
 
 def _pulled_back(
     gradient: Tensor,
     x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    batch_mean: Tensor | None,
-    batch_var: Tensor | None,
+    moments: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     batch_weight: Tensor | None,
     batch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
     eps: float,
     relu: bool,
-    mean: Tensor,
-    rstd: Tensor,
 ) -> tuple[Tensor, Tensor]:
     gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((6, x.shape[1]))
-    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-    batch = (batch_mean, batch_var, batch_weight, batch_bias)
-    given = (*batch, weight, bias, _scales(x, weight, bias), eps, mean, rstd, relu)
-    function("channel_norm_backward", "pppippppppp" + "idppippp")(*maps, groups, x, *given, gradient, g_x, made)
+    maps = [as_map(t.shape, t.stride()) for t in (x, gradient, g_x)]
+    parameters = (mean, var, batch_weight, batch_bias, weight, bias, _scales(x, weight, bias))
+    given = (*parameters, eps, moments, relu, gradient, g_x, made)
+    function("channel_norm_backward", "pppipppppppidpippp")(*maps, groups, x, *given)
     return g_x, made
 
 
-def _of_parameters(
-    made: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *more: Any
-) -> list[Tensor | None]:
-    g_bias, g_weight, g_batch_bias, g_batch_weight, g_mean, g_var = made.unbind()
-    of_scales = (None if t is None else g[: len(t)] for t, g in ((weight, g_weight), (bias, g_bias)))
-    of_batch = zip(more[:4], (g_mean, g_var, g_batch_weight, g_batch_bias), strict=True)
-    return [None, *of_scales, *(None if t is None else g for t, g in of_batch), None, None]
+def _of_parameters(made: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else made[i, : t.shape[0]] for i, t in enumerate(parameters)]
 
 
 def _scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
     """How many there are of weights and biases: one a channel or one a group."""
-    return next((len(t) for t in (weight, bias) if t is not None), x.shape[1])
+    one = bias if weight is None else weight
+    return x.shape[1] if one is None else one.shape[0]
 
 
-def _reference(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, *more: Any) -> Tensor:
-    *batch, eps, relu = more
+def _reference(x: Tensor, mean: Tensor | None, *rest: Any) -> Tensor:
+    *batch, weight, bias, groups, eps, relu = rest
     options = {"eps": eps, "activation": "relu" if relu else "none"}
-    if batch[0] is None:
+    if mean is None:
         return group_norm.reference(x, groups, weight, bias, **options)
-    return batch_channel_norm.reference(x, groups, *batch, weight, bias, **options)
+    return batch_channel_norm.reference(x, groups, mean, *batch, weight, bias, **options)
 
 
 CHANNEL_NORM = NativeOperator(
     "channel_norm",
-    "int groups, Tensor? weight, Tensor? bias, Tensor? batch_mean, Tensor? batch_var, Tensor? batch_weight, "
-    "Tensor? batch_bias, float eps, bool relu",
+    6,
+    "int groups, float eps, bool relu",
+    reference=_reference,
     forward=_normalized,
     backward=_pulled_back,
     gradients=_of_parameters,
     rows=6,
-    kept=2,
-    shape=lambda x, groups, *_: (x.shape[0], groups),
+    moments=lambda x, *rest: (2, x.shape[0], rest[6]),
 )
 
 
@@ -112,7 +105,8 @@ def _refusal(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> str | None:
-    if any(p is not None and p.shape != x.shape[1:2] for p in (weight, bias)):
+    channels = x.shape[1:2]
+    if (weight is not None and weight.shape != channels) or (bias is not None and bias.shape != channels):
         return "weight or bias is not one number a channel of x"
     return _refused(x, groups, activation, weight, bias)
 
@@ -127,7 +121,7 @@ def native_group_norm(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    return CHANNEL_NORM(_reference, x, groups, weight, bias, *[None] * 4, eps, activation == "relu")
+    return CHANNEL_NORM(x, None, None, None, None, weight, bias, groups, eps, activation == "relu")
 
 
 def _batch_refusal(
@@ -167,8 +161,7 @@ def native_batch_channel_norm(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    batch = (mean, var, batch_weight, batch_bias)
-    return CHANNEL_NORM(_reference, x, groups, weight, bias, *batch, eps, activation == "relu")
+    return CHANNEL_NORM(x, mean, var, batch_weight, batch_bias, weight, bias, groups, eps, activation == "relu")
 
 
 def _refusal_of_moments(x: Tensor) -> str | None:

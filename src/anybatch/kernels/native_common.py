@@ -152,15 +152,9 @@ def function(name: str, signature: str) -> Callable[..., None]:
     """A compiled kernel; its arguments, a letter each: p, tensor, array or None; i, whole number; d, number."""
     found = getattr(_found()[0], name)
     found.argtypes, found.restype = [_KINDS[kind] for kind in signature], None
-    pointers = [kind == "p" for kind in signature]
 
     def call(*given: Any) -> None:  # which holds the tensors until it returns
-        found(
-            *[
-                one.data_ptr() if pointer and isinstance(one, Tensor) else one
-                for pointer, one in zip(pointers, given, strict=True)
-            ]
-        )
+        found(*[one.data_ptr() if isinstance(one, Tensor) else one for one in given])
 
     return call
 

@@ -23,7 +23,7 @@ def _normalized(
 ) -> tuple[Tensor, Tensor]:
     """The result, and 1 / root mean square of each channel, (N, C)."""
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:2])
-    maps = (as_map(t.shape, t.stride()) for t in (x, y))
+    maps = (as_map(x.shape, x.stride()), as_map(y.shape, y.stride()))
     given = (*scales(x, weight, bias), _threshold(x, tau), eps_l, eps_l is not None and len(eps_l) == 1, eps)
     function("filter_response_norm", "pppppppidpp")(*maps, x, *given, y, rstd)
     return y, rstd
@@ -32,27 +32,25 @@ def _normalized(
 def _pulled_back(
     gradient: Tensor,
     x: Tensor,
+    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     tau: Tensor | None,
     eps_l: Tensor | None,
     eps: float,
-    rstd: Tensor,
 ) -> tuple[Tensor, Tensor]:
     gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((4, x.shape[1]))
-    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+    maps = [as_map(t.shape, t.stride()) for t in (x, gradient, g_x)]
     given = (*scales(x, weight, bias), _threshold(x, tau), rstd)
     function("filter_response_norm_backward", "ppppppppppp")(*maps, x, gradient, *given, g_x, made)
     return g_x, made
 
 
 def _of_parameters(
-    made: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None, eps_l: Tensor | None, eps: float
+    made: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None, eps_l: Tensor | None
 ) -> list[Tensor | None]:
-    *found, g_eps = made.unbind()
-    learned = (None if t is None else g for t, g in zip((weight, bias, tau), found, strict=True))
-    to_eps_l = None if eps_l is None else eps_l.sign() * (g_eps.sum() if len(eps_l) == 1 else g_eps)
-    return [*learned, to_eps_l, None]
+    learned = [None if t is None else made[i] for i, t in enumerate((weight, bias, tau))]
+    return [*learned, None if eps_l is None else eps_l.sign() * (made[3].sum() if len(eps_l) == 1 else made[3])]
 
 
 def _threshold(x: Tensor, tau: Tensor | None) -> Tensor:
@@ -66,13 +64,14 @@ def _reference(x: Tensor, *parameters: Any) -> Tensor:
 
 FILTER_RESPONSE_NORM = NativeOperator(
     "filter_response_norm",
-    "Tensor? weight, Tensor? bias, Tensor? tau, Tensor? eps_l, float eps",
+    4,
+    "float eps",
+    reference=_reference,
     forward=_normalized,
     backward=_pulled_back,
     gradients=_of_parameters,
     rows=4,
-    kept=1,
-    shape=lambda x, *_: x.shape[:2],
+    moments=lambda x, *_: x.shape[:2],
 )
 
 
@@ -105,4 +104,4 @@ def native_filter_response_norm(
     *,
     eps: float = 1e-6,
 ) -> Tensor:
-    return FILTER_RESPONSE_NORM(_reference, x, weight, bias, tau, eps_l, eps)
+    return FILTER_RESPONSE_NORM(x, weight, bias, tau, eps_l, eps)

@@ -17,43 +17,46 @@ from anybatch.methods.local_context_norm import Window, local_context_norm, wind
 
 
 def _normalized(
-    x: Tensor, window: Sequence[int], channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, window: Sequence[int], channels: int, eps: float
+) -> tuple[Tensor, None]:
     y = torch.empty_like(x)
-    maps = (as_map(t.shape, t.stride()) for t in (x, y))
+    maps = (as_map(x.shape, x.stride()), as_map(y.shape, y.stride()))
     given = (_sizes(x, window), channels, x, *scales(x, weight, bias), eps)
     function("local_context_norm", "pppipppdp")(*maps, *given, y)
-    return (y,)
+    return y, None
 
 
 def _pulled_back(
     gradient: Tensor,
     x: Tensor,
-    window: Sequence[int],
-    channels: int,
+    moments: None,
     weight: Tensor | None,
     bias: Tensor | None,
+    window: Sequence[int],
+    channels: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
-    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
+    maps = [as_map(t.shape, t.stride()) for t in (x, gradient, g_x)]
     given = (_sizes(x, window), channels, x, gradient, *scales(x, weight, bias), eps)
     function("local_context_norm_backward", "ppppippppdpp")(*maps, *given, g_x, made)
     return g_x, made
 
 
 def _reference(
-    x: Tensor, window: Sequence[int], channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, window: Sequence[int], channels: int, eps: float
 ) -> Tensor:
     return local_context_norm.reference(x, window, channels, weight, bias, eps=eps)
 
 
 LOCAL_CONTEXT_NORM = NativeOperator(
     "local_context_norm",
-    "int[] window, int channels_per_group, Tensor? weight, Tensor? bias, float eps",
+    2,
+    "int[] window, int channels_per_group, float eps",
+    reference=_reference,
     forward=_normalized,
     backward=_pulled_back,
-    gradients=lambda made, _, __, weight, bias, ___: [None, None, *of_scales(made, weight, bias), None],
+    gradients=of_scales,
     rows=2,
 )
 
@@ -97,4 +100,4 @@ def native_local_context_norm(
     released: bool = False,
 ) -> Tensor:
     window = windows_within(window, x.shape[2:])
-    return LOCAL_CONTEXT_NORM(_reference, x, window, channels_per_group, weight, bias, eps)
+    return LOCAL_CONTEXT_NORM(x, weight, bias, window, channels_per_group, eps)

@@ -20,62 +20,64 @@ from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 
 
 class NativeOperator:
-    """A norm of ``x`` and its other arguments, ``rest``, that are tensors without gaps, None, or numbers.
+    """A norm of ``x`` with parameters, each without gaps or None, and numbers.
 
     Args:
         name: Of ``torch.ops.anybatch``.
-        rest: The schema of the other arguments.
-        forward: Gives the result for ``(x, *rest)``, in the layout of ``x``, and what else backward needs, ``kept``.
-        backward: Gives the gradient of ``x`` for ``(gradient, x, *rest, *kept)``, in the layout of ``x``, and one
-            tensor, ``made``, with those of the parameters.
-        gradients: Takes them out of ``(made, *rest)``: one for each of ``rest``, None for what is None or no tensor.
+        parameters: How many there are.
+        numbers: The schema of what follows them.
+        reference: The norm in formulas, of ``(x, *parameters, *numbers)``, for second derivatives.
+        forward: Gives, of the same, the result, in the layout of ``x``, and the moments that backward needs, or None.
+        backward: Gives the gradient of ``x`` for ``(gradient, x, moments, *parameters, *numbers)``, in the layout of
+            ``x``, and one tensor, ``made``, with those of the parameters.
+        gradients: Takes them out of ``(made, *parameters)``: one for each, None for what is None.
         rows: ``made`` is (rows, C).
-        kept: How many tensors are kept.
-        shape: Theirs, of ``(x, *rest)``.
+        moments: Their shape, of ``(x, *parameters, *numbers)``; None where there are none.
     """
 
     def __init__(
         self,
         name: str,
-        rest: str,
+        parameters: int,
+        numbers: str,
         *,
-        forward: Callable[..., tuple[Tensor, ...]],
+        reference: Callable[..., Tensor],
+        forward: Callable[..., tuple[Tensor, Tensor | None]],
         backward: Callable[..., tuple[Tensor, Tensor]],
         gradients: Callable[..., Sequence[Tensor | None]],
         rows: int,
-        kept: int = 0,
-        shape: Callable[..., Sequence[Any]] = lambda *_: (),
+        moments: Callable[..., Sequence[Any]] | None = None,
     ) -> None:
-        self.forward, self.backward, self.gradients = forward, backward, gradients
-        self.rows, self.kept, self.shape = rows, kept, shape
-        given = "".join(f", Tensor kept_{i}" for i in range(kept))
-        outputs = ", ".join(["Tensor"] * (1 + kept))
+        self.reference, self.forward, self.backward, self.gradients = reference, forward, backward, gradients
+        self.parameters, self.rows, self.moments = parameters, rows, moments
+        given = "".join(f", Tensor? parameter_{i}" for i in range(parameters)) + f", {numbers}"
+        kept = "" if moments is None else ", Tensor"
         self._run: Any = torch.library.custom_op(
-            f"anybatch::{name}", self._forward, mutates_args=(), schema=f"(Tensor x, {rest}) -> ({outputs})"
+            f"anybatch::{name}", self._forward, mutates_args=(), schema=f"(Tensor x{given}) -> (Tensor{kept})"
         )
         self._pull: Any = torch.library.custom_op(
             f"anybatch::{name}_backward",
             self._backward,
             mutates_args=(),
-            schema=f"(Tensor gradient, Tensor x, {rest}{given}) -> (Tensor, Tensor)",
+            schema=f"(Tensor gradient, Tensor x, Tensor? moments{given}) -> (Tensor, Tensor)",
         )
         self._run.register_fake(self._empty)
         self._pull.register_fake(lambda _, x, *__: self._no_gradients(x))
-        self._run.register_autograd(self._gradients, setup_context=_keep)
+        self._run.register_autograd(self._gradients, setup_context=self._keep)
 
-    def __call__(self, reference: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-        """The norm of what `refused_norm` takes; ``reference`` gives it in formulas, for second derivatives."""
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        """The norm of what `refused_norm` takes."""
         if not torch.compiler.is_compiling():
-            return _Eager.apply(self, reference, x, *rest)  # pyright: ignore[reportReturnType]
+            return _Eager.apply(self, x, *rest)  # pyright: ignore[reportReturnType]
         made = self._run(x, *rest)
-        return made[0] if self.kept else made
+        return made if self.moments is None else made[0]
 
     def _forward(self, x: Tensor, *rest: Any) -> Any:
         if not x.numel():
             return self._empty(x, *rest)
-        y, *kept = self.forward(_without_gaps(x), *_dense(rest))
+        y, moments = self.forward(_without_gaps(x), *_dense(rest))
         y = laid_out(y, torch.empty_like(x))
-        return (y, *(t.clone() for t in kept)) if kept else y  # what is kept may be parts of one tensor
+        return y if moments is None else (y, moments)
 
     def _backward(self, gradient: Tensor, x: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
         if not x.numel():
@@ -85,46 +87,38 @@ class NativeOperator:
         return laid_out(g_x, torch.empty_like(x)), made
 
     def _empty(self, x: Tensor, *rest: Any) -> Any:
-        kept = [x.new_empty(self.shape(x, *rest)) for _ in range(self.kept)]
-        return (torch.empty_like(x), *kept) if kept else torch.empty_like(x)
+        y = torch.empty_like(x)
+        return y if self.moments is None else (y, x.new_empty(self.moments(x, *rest)))
 
     def _no_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), x.new_empty((self.rows, x.shape[1]))
 
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, *rest = inputs
+        ctx.numbers = rest[self.parameters :]
+        ctx.save_for_backward(x, None if self.moments is None else output[1], *rest[: self.parameters])
+
     def _gradients(self, ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, rest, kept = _kept(ctx)
-        g_x, made = self._pull(gradient, x, *rest, *kept)
-        return g_x, *self.gradients(made, *rest)
+        g_x, made = self._pull(gradient, *ctx.saved_tensors, *ctx.numbers)
+        return g_x, *self.gradients(made, *ctx.saved_tensors[2:]), *[None] * len(ctx.numbers)
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, operator: NativeOperator, reference: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-        y, *kept = operator.forward(x, *rest)
-        ctx.operator, ctx.reference = operator, reference
-        _keep(ctx, (x, *rest), (y, *kept))
-        return y
+    def forward(ctx: Any, operator: NativeOperator, *args: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        made = operator.forward(*args)
+        ctx.operator = operator
+        operator._keep(ctx, args, made)
+        return made[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, rest, kept = _kept(ctx)
+        operator, numbers = ctx.operator, ctx.numbers
+        x, moments, *parameters = ctx.saved_tensors
         if taken_in_formulas(gradient):  # second derivatives
-            return None, None, *recomputed_gradients(ctx.reference, (x, *rest), gradient)
-        g_x, made = ctx.operator.backward(gradient, x, *rest, *kept)
-        return None, None, g_x, *ctx.operator.gradients(made, *rest)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    kept = output[1:] if isinstance(output, tuple) else ()
-    ctx.others = [None if isinstance(a, Tensor) else (a,) for a in inputs]
-    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *kept)
-
-
-def _kept(ctx: Any) -> tuple[Tensor, list[Any], list[Tensor]]:
-    """``x``, the other arguments and what was kept."""
-    tensors = iter(ctx.saved_tensors)
-    x, *rest = (next(tensors) if other is None else other[0] for other in ctx.others)
-    return x, rest, list(tensors)
+            return None, *recomputed_gradients(operator.reference, (x, *parameters, *numbers), gradient)
+        g_x, made = operator.backward(gradient, x, moments, *parameters, *numbers)
+        return None, g_x, *operator.gradients(made, *parameters), *[None] * len(numbers)
 
 
 def _without_gaps(x: Tensor) -> Tensor:
@@ -143,8 +137,9 @@ def refused_norm(x: Tensor, *tensors: Tensor | None, activation: str = "none") -
         return _refused_compiled(x, *tensors)
     if reason := refused_native(x):
         return reason
-    if any(t is not None and (t.dtype != x.dtype or t.device != x.device or not t.is_contiguous()) for t in tensors):
-        return "a parameter has another dtype than x or is not contiguous"
+    for t in tensors:
+        if t is not None and not (t.dtype == x.dtype and t.device == x.device and t.is_contiguous()):
+            return "a parameter has another dtype than x or is not contiguous"
     return None if passes(x) else "x is neither contiguous nor channels last"
 
 

@@ -16,37 +16,35 @@ from anybatch.methods.positional_norm import positional_norm
 
 def _normalized(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, unbiased: bool, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and mean and 1 / std of each position, (N, S)."""
-    y = torch.empty_like(x)
-    mean, rstd = x.new_empty((2, len(x), x[0, 0].numel())).unbind()
-    maps = (as_map(t.shape, t.stride()) for t in (x, y))
+) -> tuple[Tensor, Tensor]:
+    """The result, and mean and 1 / std of each position, (2, N, S)."""
+    y, moments = torch.empty_like(x), x.new_empty((2, x.shape[0], math.prod(x.shape[2:])))
+    maps = (as_map(x.shape, x.stride()), as_map(y.shape, y.stride()))
     given = (x, *scales(x, weight, bias), eps, x.shape[1] - unbiased, relu)
-    function("positional_norm", "pppppdiippp")(*maps, *given, y, mean, rstd)
-    return y, mean, rstd
+    function("positional_norm", "pppppdiipp")(*maps, *given, y, moments)
+    return y, moments
 
 
 def _pulled_back(
     gradient: Tensor,
     x: Tensor,
+    moments: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     unbiased: bool,
     relu: bool,
-    mean: Tensor,
-    rstd: Tensor,
 ) -> tuple[Tensor, Tensor]:
     gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((2, x.shape[1]))
-    maps = (as_map(t.shape, t.stride()) for t in (x, gradient, g_x))
-    given = (x, gradient, *scales(x, weight, bias), mean, rstd, x.shape[1] - unbiased, relu)
-    function("positional_norm_backward", "pppppppppiipp")(*maps, *given, g_x, made)
+    maps = [as_map(t.shape, t.stride()) for t in (x, gradient, g_x)]
+    given = (x, gradient, *scales(x, weight, bias), moments, x.shape[1] - unbiased, relu)
+    function("positional_norm_backward", "ppppppppiipp")(*maps, *given, g_x, made)
     return g_x, made
 
 
 def of_scales(made: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
     """The gradients of weight and bias, in their shapes, of (2, C)."""
-    return [None if t is None else g.view_as(t) for t, g in zip((weight, bias), made.unbind(), strict=True)]
+    return [None if t is None else made[i].view_as(t) for i, t in enumerate((weight, bias))]
 
 
 def scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,13 +60,14 @@ def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 POSITIONAL_NORM = NativeOperator(
     "positional_norm",
-    "Tensor? weight, Tensor? bias, float eps, bool unbiased, bool relu",
+    2,
+    "float eps, bool unbiased, bool relu",
+    reference=_reference,
     forward=_normalized,
     backward=_pulled_back,
-    gradients=lambda made, weight, bias, *_: [*of_scales(made, weight, bias), None, None, None],
+    gradients=of_scales,
     rows=2,
-    kept=2,
-    shape=lambda x, *_: (x.shape[0], math.prod(x.shape[2:])),
+    moments=lambda x, *_: (2, x.shape[0], math.prod(x.shape[2:])),
 )
 
 
@@ -94,4 +93,4 @@ def native_positional_norm(
     unbiased: bool = False,
     activation: str = "none",
 ) -> Tensor:
-    return POSITIONAL_NORM(_reference, x, weight, bias, eps, unbiased, activation == "relu")
+    return POSITIONAL_NORM(x, weight, bias, eps, unbiased, activation == "relu")

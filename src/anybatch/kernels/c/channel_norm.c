@@ -97,9 +97,13 @@ static void join_chunks(float *sums, int64_t chunks, int64_t values) {
         for (int64_t i = 0; i < values; i++) sums[i] += sums[k * values + i];
 }
 
-static void by_channel(const Map *m, int64_t groups, const float *of_group, float *of_channel) {
-    int64_t size = m->c / groups;
-    for (int64_t i = 0; i < m->c; i++) of_channel[i] = of_group[i / size];
+/* One number a group, or `otherwise` where there are none, for each of its channels. */
+static void by_channel(int64_t c, int64_t groups, const float *of_group, float otherwise, float *of_channel) {
+    int64_t size = c / groups;
+    for (int64_t j = 0; j < groups; j++) {
+        float value = of_group ? of_group[j] : otherwise;
+        for (int64_t i = j * size; i < (j + 1) * size; i++) of_channel[i] = value;
+    }
 }
 
 /* Of channels: in double, since a float in the middle of its range has no digits for how means of pieces differ. */
@@ -178,8 +182,8 @@ static void forward_of_rows(const Norm *q, const float *x, float eps, int relu, 
     join_moments(all, chunks, c, chunk, m->s);
     for (int64_t j = 0; j < q->groups; j++)
         moments_of_group(q, j, moments_at(all, c, 0), eps, mean_g + j, rstd_g + j);
-    by_channel(m, q->groups, mean_g, mean);
-    by_channel(m, q->groups, rstd_g, scale);
+    by_channel(c, q->groups, mean_g, 0, mean);
+    by_channel(c, q->groups, rstd_g, 0, scale);
     for (int64_t i = 0; i < c; i++) scale[i] *= q->weight[i];
     float floor = relu ? 0 : -INFINITY;
 #pragma omp parallel for schedule(static) if (inner && chunks > 1)
@@ -210,8 +214,8 @@ static void backward_of_rows(const Norm *q, const float *x, const float *g, cons
     int64_t c = m->c, chunk = chunk_of(m), chunks = (m->s + chunk - 1) / chunk, batch = q->center != NULL;
     float *sums = room(2 * c * chunks + 4 * c), *mean = sums + 2 * c * chunks, *scale = mean + c, *b = mean + 2 * c;
     float *e = mean + 3 * c;
-    by_channel(m, q->groups, mean_g, mean);
-    by_channel(m, q->groups, rstd_g, scale);
+    by_channel(c, q->groups, mean_g, 0, mean);
+    by_channel(c, q->groups, rstd_g, 0, scale);
     for (int64_t i = 0; i < c; i++) scale[i] *= q->weight[i];
     for (int pass = 0; pass < 2; pass++) {
 #pragma omp parallel for schedule(static) if (inner && chunks > 1)
@@ -355,22 +359,23 @@ static void backward_of_planes(const Norm *q, const float *x, const float *g, co
    behind, each (C,); and those of `scales` groups or channels, or NULL. */
 static Norm norm_of(const Map *m, int64_t groups, const float *center, const float *var, const float *batch_weight,
                     const float *batch_bias, const float *weight, const float *bias, int64_t scales, float eps) {
-    int64_t c = m->c, size = c / scales;
+    int64_t c = m->c;
     float *made = room(4 * c), *slope = made, *start = made + c, *of_weight = made + 2 * c, *of_bias = made + 3 * c;
-    for (int64_t i = 0; i < c; i++) {
-        slope[i] = center ? 1 / sqrtf(var[i] + eps) * (batch_weight ? batch_weight[i] : 1) : 1;
+    for (int64_t i = 0; center && i < c; i++) {
+        slope[i] = 1 / sqrtf(var[i] + eps) * (batch_weight ? batch_weight[i] : 1);
         start[i] = batch_bias ? batch_bias[i] : 0;
-        of_weight[i] = weight ? weight[i / size] : 1;
-        of_bias[i] = bias ? bias[i / size] : 0;
     }
+    by_channel(c, scales, weight, 1, of_weight);
+    by_channel(c, scales, bias, 0, of_bias);
     return (Norm){*m, groups, center, slope, start, of_weight, of_bias, made};
 }
 
-/* `center` to `batch_bias` NULL for group normalization; `mean` and `rstd` are (N, G). */
+/* `center` to `batch_bias` NULL for group normalization; `mean` is (2, N, G), with 1 / std behind the means. */
 void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, const float *x, const float *center,
                   const float *var, const float *batch_weight, const float *batch_bias, const float *weight,
-                  const float *bias, int64_t scales, double eps, int64_t relu, float *y, float *mean, float *rstd) {
+                  const float *bias, int64_t scales, double eps, int64_t relu, float *y, float *mean) {
     const Map *m = (const Map *)map, *of_y = (const Map *)map_of_y;
+    float *rstd = mean + m->n * groups;
     Norm q = norm_of(m, groups, center, var, batch_weight, batch_bias, weight, bias, scales, (float)eps);
     int64_t threads = omp_get_max_threads();
     if (channels_last(m)) {
@@ -403,13 +408,14 @@ static void join_groups(float *values, int64_t c, int64_t scales) {
     }
 }
 
-/* `found` is (6, C): the gradients of bias and weight, of which there are `scales`, of the shift and the scale of the
-   batch part, and of its mean and its variance. */
+/* `made` is (6, C): the gradients of the batch part's mean, variance, scale and shift, and of weight and bias, of which
+   there are `scales`. */
 void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const int64_t *map_of_gx, int64_t groups,
                            const float *x, const float *center, const float *var, const float *batch_weight,
                            const float *batch_bias, const float *weight, const float *bias, int64_t scales, double eps,
-                           const float *mean, const float *rstd, int64_t relu, const float *g, float *gx, float *made) {
+                           const float *mean, int64_t relu, const float *g, float *gx, float *made) {
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
+    const float *rstd = mean + m->n * groups;
     Norm q = norm_of(m, groups, center, var, batch_weight, batch_bias, weight, bias, scales, (float)eps);
     int64_t threads = omp_get_max_threads(), values = 4 * m->c;
     float *found = room(m->n * values);
@@ -427,18 +433,24 @@ void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const in
                                rstd + n * groups, (int)relu, gx + n * of_gx->n_step, of_gx, found + n * values);
         }
     }
-    join_samples(found, m->n, values, made);
-    free(found);
     int64_t c = m->c;
-    join_groups(made, c, scales);
-    join_groups(made + c, c, scales);
-    float *total = made + 2 * c, *along = made + 3 * c, *of_mean = made + 4 * c, *of_var = made + 5 * c;
+    float *of_mean = made, *of_var = made + c, *of_slope = made + 2 * c, *of_start = made + 3 * c;
+    float *of_weight = made + 4 * c, *of_bias = made + 5 * c;
+    join_samples(found, m->n, values, c, of_bias);
+    join_samples(found + c, m->n, values, c, of_weight);
+    join_groups(of_bias, c, scales);
+    join_groups(of_weight, c, scales);
+    if (center) {
+        join_samples(found + 2 * c, m->n, values, c, of_start);
+        join_samples(found + 3 * c, m->n, values, c, of_slope);
+    }
     for (int64_t i = 0; center && i < c; i++) {
         float r = 1 / sqrtf(var[i] + (float)eps);
-        of_mean[i] = -q.slope[i] * total[i];
-        of_var[i] = -0.5f * r * r * q.slope[i] * along[i];
-        along[i] *= r;
+        of_mean[i] = -q.slope[i] * of_start[i];
+        of_var[i] = -0.5f * r * r * q.slope[i] * of_slope[i];
+        of_slope[i] *= r;
     }
+    free(found);
     free(q.memory);
 }
 

@@ -173,7 +173,7 @@ void filter_response_norm_backward(const int64_t *map, const int64_t *map_of_g, 
         float *to = found + 4 * n * c + i;
         to[0] = (float)(r * along), to[c] = (float)own, to[2 * c] = (float)rest, to[3 * c] = (float)(-0.5 * pulled);
     }
-    join_samples(found, m->n, 4 * c, made);
+    join_samples(found, m->n, 4 * c, 4 * c, made);
 #pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
     for (int64_t job = 0; job < (last ? jobs : m->n * c); job++) {
         int64_t n = last ? job / chunks : job / c;

@@ -392,6 +392,6 @@ void local_context_norm_backward(const int64_t *map, const int64_t *map_of_g, co
         }
         leave(&r);
     }
-    join_samples(found, m->n, 2 * m->c, sums);
+    join_samples(found, m->n, 2 * m->c, 2 * m->c, sums);
     free(found);
 }

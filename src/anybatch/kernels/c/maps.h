@@ -152,11 +152,11 @@ INLINE void join_threads(const double *total, int threads, int64_t step, int64_t
     }
 }
 
-/* Sums over samples. */
-INLINE void join_samples(const float *found, int64_t samples, int64_t count, float *sums) {
+/* Sums over samples, which lie `step` apart. */
+INLINE void join_samples(const float *found, int64_t samples, int64_t step, int64_t count, float *sums) {
     for (int64_t i = 0; i < count; i++) {
         double sum = 0;
-        for (int64_t n = 0; n < samples; n++) sum += found[n * count + i];
+        for (int64_t n = 0; n < samples; n++) sum += found[n * step + i];
         sums[i] = (float)sum;
     }
 }

@@ -25,11 +25,12 @@ INLINE void normalize_column(int64_t count, const float *restrict x, float weigh
     }
 }
 
-/* mean and rstd are (N, S). */
+/* `mean` is (2, N, S), with 1 / std behind the means. */
 void positional_norm(const int64_t *map, const int64_t *map_of_y, const float *x, const float *weight,
-                     const float *bias, double eps, int64_t divisor, int64_t relu, float *y, float *mean, float *rstd) {
+                     const float *bias, double eps, int64_t divisor, int64_t relu, float *y, float *mean) {
     const Map *m = (const Map *)map, *of_y = (const Map *)map_of_y;
     int64_t c = m->c, s = m->s;
+    float *rstd = mean + m->n * s;
     float floor = relu ? 0 : -INFINITY;
     if (channels_last(m)) {
 #pragma omp parallel for schedule(static) if (m->n * s * c > SMALL)
@@ -111,9 +112,10 @@ INLINE void finish_column(int64_t count, const float *restrict x, const float *r
 /* `sums` is (2, C): the gradients of the weight and of the bias. */
 void positional_norm_backward(const int64_t *map, const int64_t *map_of_g, const int64_t *map_of_gx, const float *x,
                               const float *g, const float *weight, const float *bias, const float *mean,
-                              const float *rstd, int64_t divisor, int64_t relu, float *gx, float *sums) {
+                              int64_t divisor, int64_t relu, float *gx, float *sums) {
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
     int64_t c = m->c, s = m->s, wide = (c + LANES - 1) / LANES * LANES;
+    const float *rstd = mean + m->n * s;
     int threads = m->n * s * c > SMALL ? omp_get_max_threads() : 1;
     float *recent = memset(room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(float));
     double *totals = memset(double_room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(double));
