@@ -26,7 +26,8 @@ from anybatch.functional import (
     positional_norm,
 )
 from anybatch.kernels import native_common
-from anybatch.methods.batch_channel_norm import updated_estimates
+from anybatch.layers import BatchChannelNorm2d
+from anybatch.methods.batch_channel_norm import estimated_batch_channel_norm
 from anybatch.methods.batch_norm import channel_moments
 from helpers import assert_error_within, error
 
@@ -408,20 +409,41 @@ def test_estimates_take_batches_in_as_formulas_do(
     rate: float | None, warm_start: bool, format: torch.memory_format
 ) -> None:
     generator = torch.Generator().manual_seed(2)
-    own = [torch.zeros(3), torch.ones(3), torch.tensor(0)]
-    exact = [torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), torch.tensor(0)]
+    options = {"rate": rate, "warm_start": warm_start, "activation": "relu"}
+    own = [torch.zeros(6), torch.ones(6), torch.tensor(0)]
+    exact = [torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64), torch.tensor(0)]
+    scales = [torch.randn(size, generator=generator) for size in (6, 6, 2, 2)]
     for batch in range(4):
-        x = torch.randn(2, 3, 5, 7, generator=generator).contiguous(memory_format=format) * 2 + 100 * batch
-        versions = [t._version for t in own]
+        x = torch.randn(3, 6, 5, 7, generator=generator).contiguous(memory_format=format) * 2 + 100 * batch
+        found = []
+        for estimates, dtype, which in ((own, torch.float32, "native"), (exact, torch.float64, "reference")):
+            versions = [t._version for t in estimates]
+            asked = [t.to(dtype).requires_grad_() for t in (x, *scales)]
+            with backend(which):
+                y = estimated_batch_channel_norm(asked[0], 2, *estimates, *asked[1:], **options)
+            assert all(
+                t._version > before for t, before in zip(estimates, versions, strict=True)
+            )  # as autograd must see
+            (second,) = torch.autograd.grad(y.sin().sum(), asked[0], create_graph=True)
+            found.append([y, *torch.autograd.grad(y.square().sum(), asked, retain_graph=True), *estimates[:2]])
+            found[-1].append(torch.autograd.grad(second.square().sum(), asked[0])[0])
+        for got, right in zip(*found, strict=True):
+            assert_error_within(got, right, 1e-4 * right.abs().max().item())  # |mean| / std is up to 150
+    assert own[2] == exact[2] == 4
+
+
+def test_estimates_of_the_next_batch_leave_backward_as_it_was() -> None:
+    layer, x = BatchChannelNorm2d(4, 2), torch.randn(2, 4, 3, 3, requires_grad=True)
+    found = []
+    for between in (False, True):
+        layer.reset_parameters()
+        layer.bn.reset_parameters()
         with backend("native"):
-            got = updated_estimates(x, *own, rate=rate, warm_start=warm_start)
-        right = updated_estimates.reference(x.double(), *exact, rate=rate, warm_start=warm_start)
-        assert all(t._version > before for t, before in zip(own, versions, strict=True))  # as autograd must see
-        for now, kept, true in zip(got, own, right, strict=False):
-            torch.testing.assert_close(now.double(), true, rtol=1e-6, atol=1e-6)
-            assert torch.equal(now, kept)
-            assert now.data_ptr() != kept.data_ptr()  # which the next batch changes
-    assert own[2] == 4
+            y = layer(x)
+            if between:
+                layer(x.detach() * 3 + 1)
+        found.append(torch.autograd.grad(y.sin().sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @NAMES

@@ -14,7 +14,7 @@ from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import as_map, function, passes, refused_native
 from anybatch.kernels.native_operator import NativeOperator, refused_norm
 from anybatch.kernels.torch_group_norm import refused_groups
-from anybatch.methods.batch_channel_norm import batch_channel_norm, image_rate, updated_estimates
+from anybatch.methods.batch_channel_norm import batch_channel_norm, estimated_batch_channel_norm, image_rate
 from anybatch.methods.batch_norm import channel_moments, sharing
 from anybatch.methods.group_norm import group_norm
 
@@ -30,12 +30,21 @@ def _normalized(
     groups: int,
     eps: float,
     relu: bool,
+    update: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the groups' means and 1 / std, (2, N, G)."""
+    """The result, and the groups' means and 1 / std, (2, N, G).
+
+    ``update`` is for estimates that let the batch in first: rate, whether they start warm, and the estimates, of which
+    ``mean`` and ``var`` become copies.
+    """
     y, moments = torch.empty_like(x), x.new_empty((2, x.shape[0], groups))
     maps = (as_map(x.shape, x.stride()), as_map(y.shape, y.stride()))
     parameters = (mean, var, batch_weight, batch_bias, weight, bias, _scales(x, weight, bias))
-    function("channel_norm", "ppipppppppidipp")(*maps, groups, x, *parameters, eps, relu, y, moments)
+    given = (*maps, groups, x, *parameters, eps, relu, y, moments)
+    if update:
+        function("estimated_channel_norm", "ppipppppppidippdippp")(*given, *update)
+    else:
+        function("channel_norm", "ppipppppppidipp")(*given)
     return y, moments
 
 
@@ -52,6 +61,7 @@ def _pulled_back(
     groups: int,
     eps: float,
     relu: bool,
+    update: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     gradient, g_x, made = laid_out(gradient, x), torch.empty_like(x), x.new_empty((6, x.shape[1]))
     maps = [as_map(t.shape, t.stride()) for t in (x, gradient, g_x)]
@@ -71,12 +81,13 @@ def _scales(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
     return x.shape[1] if one is None else one.shape[0]
 
 
-def _reference(x: Tensor, mean: Tensor | None, *rest: Any) -> Tensor:
-    *batch, weight, bias, groups, eps, relu = rest
+def _reference(x: Tensor, *rest: Any) -> Tensor:
+    *batch, weight, bias = rest[:6]
+    groups, eps, relu = rest[6:9]
     options = {"eps": eps, "activation": "relu" if relu else "none"}
-    if mean is None:
+    if batch[0] is None:
         return group_norm.reference(x, groups, weight, bias, **options)
-    return batch_channel_norm.reference(x, groups, mean, *batch, weight, bias, **options)
+    return batch_channel_norm.reference(x, groups, *batch, weight, bias, **options)
 
 
 CHANNEL_NORM = NativeOperator(
@@ -164,6 +175,53 @@ def native_batch_channel_norm(
     return CHANNEL_NORM(x, mean, var, batch_weight, batch_bias, weight, bias, groups, eps, activation == "relu")
 
 
+def _estimated_refusal(
+    x: Tensor,
+    groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    *scales: Tensor | None,
+    rate: float | None = None,
+    warm_start: bool = True,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> str | None:
+    if torch.compiler.is_compiling():
+        return "compiled code lets batches in by formulas"
+    if sharing():
+        return "processes share their statistics"
+    if batches.dtype != torch.int64 or batches.device != x.device:
+        return f"the number of batches is {batches.dtype} on {batches.device.type}"
+    return _batch_refusal(x, groups, running_mean, running_var, *scales, eps=eps, activation=activation)
+
+
+@estimated_batch_channel_norm.kernel("native", refusal=_estimated_refusal)
+def native_estimated_batch_channel_norm(
+    x: Tensor,
+    groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    batch_weight: Tensor | None = None,
+    batch_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    rate: float | None = None,
+    warm_start: bool = True,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """Reads ``x`` once less than letting it in and normalizing it apart."""
+    mean, var = x.new_empty((2, x.shape[1])).unbind()
+    update = (image_rate(len(x)) if rate is None else rate, warm_start, running_mean, running_var, batches)
+    scales = (batch_weight, batch_bias, weight, bias)
+    y = CHANNEL_NORM(x, mean, var, *scales, groups, eps, activation == "relu", update)
+    torch.autograd.graph.increment_version((running_mean, running_var, batches))
+    return y
+
+
 def _refusal_of_moments(x: Tensor) -> str | None:
     if torch.is_grad_enabled() and x.requires_grad:
         return "x asks for a gradient"
@@ -175,28 +233,3 @@ def native_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, squares = x.new_empty((2, x.shape[1])).unbind()
     function("channel_moments", "pppp")(as_map(x.shape, x.stride()), x, mean, squares)
     return mean, squares
-
-
-def _refusal_of_estimates(
-    x: Tensor, mean: Tensor, var: Tensor, batches: Tensor, *, rate: float | None, warm_start: bool
-) -> str | None:
-    if reason := _refusal_of_moments(x):
-        return reason
-    if sharing():
-        return "processes share their statistics"
-    if any(t.dtype != x.dtype or t.device != x.device or not t.is_contiguous() for t in (mean, var)):
-        return "estimates have another dtype than x or are not contiguous"
-    return None if mean.shape == var.shape == x.shape[1:2] else "estimates are not one number a channel of x"
-
-
-@updated_estimates.kernel("native", refusal=_refusal_of_estimates)
-def native_updated_estimates(
-    x: Tensor, mean: Tensor, var: Tensor, batches: Tensor, *, rate: float | None, warm_start: bool
-) -> tuple[Tensor, Tensor]:
-    mean_now, var_now = x.new_empty((2, x.shape[1])).unbind()
-    share = image_rate(len(x)) if rate is None else rate
-    function("updated_estimates", "ppdippppp")(
-        *(as_map(x.shape, x.stride()), x, share, warm_start, mean, var, batches, mean_now, var_now)
-    )
-    torch.autograd.graph.increment_version((mean, var, batches))
-    return mean_now, var_now

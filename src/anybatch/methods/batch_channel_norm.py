@@ -89,6 +89,32 @@ def by_channel(values: Tensor | None, channels: int, dtype: torch.dtype | None =
 
 
 @op
+def estimated_batch_channel_norm(
+    x: Tensor,
+    groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    batch_weight: Tensor | None = None,
+    batch_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    rate: float | None = None,
+    warm_start: bool = True,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """`batch_channel_norm` by estimates that let the batch in first, in place: `updated_estimates`.
+
+    No gradient flows through the estimates.
+    """
+    with torch.no_grad():
+        batch = updated_estimates(x, running_mean, running_var, batches, rate=rate, warm_start=warm_start)
+    scales = (batch_weight, batch_bias, weight, bias)
+    return batch_channel_norm(x, groups, *batch, *scales, eps=eps, activation=activation)
+
+
 def updated_estimates(
     x: Tensor, mean: Tensor, var: Tensor, batches: Tensor, *, rate: float | None, warm_start: bool
 ) -> tuple[Tensor, Tensor]:
@@ -176,12 +202,20 @@ class EstimatedStatistics(nn.Module):
         for name, values in (*self.named_parameters(), *self.named_buffers()):
             values.fill_(1 if name in ("weight", "running_var") else 0)
 
+    def takes_in(self, x: Tensor) -> bool:
+        """Whether a batch (N, C, *) is let in."""
+        return self.training and not recomputing() and (x.numel() > 0 or sharing())
+
+    @property
+    def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance, (C,), and how many batches were let in."""
+        return self.running_mean, self.running_var, self.num_batches_tracked
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(C,) and (C,): the mean and the variance to normalize (N, C, *) by."""
-        if self.training and not recomputing() and (x.numel() or sharing()):
-            kept = (self.running_mean, self.running_var, self.num_batches_tracked)
-            return updated_estimates(x, *kept, rate=self.rate, warm_start=self.warm_start)
+        if self.takes_in(x):
+            return updated_estimates(x, *self.estimates, rate=self.rate, warm_start=self.warm_start)
         # Copies, since the next batch may come before this one's backward.
         return self.running_mean.clone(), self.running_var.clone()
 
@@ -232,10 +266,12 @@ class _BatchChannelNorm(TakesActivation, ChannelNorm):
     def normalize(self, x: Tensor) -> Tensor:
         check_group_values(x, self.num_groups)  # before the batch enters the statistics
         if isinstance(self.bn, EstimatedStatistics):
-            batch = (*self.bn(x), self.bn.weight, self.bn.bias)
-            return batch_channel_norm(
-                x, self.num_groups, *batch, self.weight, self.bias, eps=self.eps, activation=self.activation
-            )
+            scales = (self.bn.weight, self.bn.bias, self.weight, self.bias)
+            options: dict[str, Any] = {"eps": self.eps, "activation": self.activation}
+            if self.bn.takes_in(x):
+                options |= {"rate": self.bn.rate, "warm_start": self.bn.warm_start}
+                return estimated_batch_channel_norm(x, self.num_groups, *self.bn.estimates, *scales, **options)
+            return batch_channel_norm(x, self.num_groups, *self.bn(x), *scales, **options)
         if self.bn.training and x.numel() == self.num_channels and not sharing():
             raise ValueError(
                 f"{type(self).__name__}(statistics='batch') needs two values or more in each channel in training, got "

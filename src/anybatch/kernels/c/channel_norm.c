@@ -131,18 +131,20 @@ static void moments_of_chunk(const float *x, int64_t step, int64_t c, int64_t co
     free(sums);
 }
 
+/* Into moments over `before` positions those of `count` others. */
+static void join(Moments to, Moments other, int64_t c, double before, double count) {
+    double share = count / (before + count);
+    for (int64_t i = 0; i < c; i++) {
+        double apart = other.mean[i] - to.mean[i];
+        to.mean[i] += apart * share;
+        to.squares[i] += other.squares[i] + apart * apart * share * before;
+    }
+}
+
 /* Into the first of `chunks` moments those of all. Each is of `chunk` positions, but the last. */
 static void join_moments(double *all, int64_t chunks, int64_t c, int64_t chunk, int64_t size) {
-    Moments to = moments_at(all, c, 0);
-    for (int64_t k = 1; k < chunks; k++) {
-        Moments other = moments_at(all, c, k);
-        double before = (double)k * chunk, count = MIN(chunk, size - k * chunk), share = count / (before + count);
-        for (int64_t i = 0; i < c; i++) {
-            double apart = other.mean[i] - to.mean[i];
-            to.mean[i] += apart * share;
-            to.squares[i] += other.squares[i] + apart * apart * share * before;
-        }
-    }
+    for (int64_t k = 1; k < chunks; k++)
+        join(moments_at(all, c, 0), moments_at(all, c, k), c, (double)k * chunk, MIN(chunk, size - k * chunk));
 }
 
 /* A group's mean and 1 / std from the moments of its channels over `positions`. */
@@ -170,16 +172,17 @@ INLINE void normalize_row(int64_t c, const float *restrict x, float *restrict y,
     }
 }
 
-static void forward_of_rows(const Norm *q, const float *x, float eps, int relu, const Map *of_y, float *y, float *mean_g,
-                            float *rstd_g, int inner) {
+/* `known` are the moments of the sample's channels, or NULL. */
+static void forward_of_rows(const Norm *q, const float *x, float eps, int relu, double *known, const Map *of_y, float *y,
+                            float *mean_g, float *rstd_g, int inner) {
     const Map *m = &q->map;
     int64_t c = m->c, chunk = chunk_of(m), chunks = (m->s + chunk - 1) / chunk, batch = q->center != NULL;
-    double *all = double_room(2 * c * chunks);
+    double *all = known ? known : double_room(2 * c * chunks);
     float *mean = room(2 * c), *scale = mean + c;
 #pragma omp parallel for schedule(static) if (inner && chunks > 1)
-    for (int64_t k = 0; k < chunks; k++)
+    for (int64_t k = 0; k < (known ? 0 : chunks); k++)
         moments_of_chunk(x + k * chunk * m->s_step, m->s_step, c, MIN(chunk, m->s - k * chunk), moments_at(all, c, k));
-    join_moments(all, chunks, c, chunk, m->s);
+    if (!known) join_moments(all, chunks, c, chunk, m->s);
     for (int64_t j = 0; j < q->groups; j++)
         moments_of_group(q, j, moments_at(all, c, 0), eps, mean_g + j, rstd_g + j);
     by_channel(c, q->groups, mean_g, 0, mean);
@@ -196,7 +199,7 @@ static void forward_of_rows(const Norm *q, const float *x, float eps, int relu, 
             else
                 normalize_row(c, v, to, NULL, NULL, NULL, mean, scale, q->bias, floor, 0);
         }
-    free(all);
+    if (!known) free(all);
     free(mean);
 }
 
@@ -276,12 +279,12 @@ INLINE void normalize(int64_t size, const float *restrict x, float *restrict y, 
     }
 }
 
-/* A group's planes, where positions lie one behind the other. `of` has room for all channels. */
-static void forward_of_planes(const Norm *q, const float *x, int64_t group, float eps, int relu, const Map *of_y,
-                              float *y, float *mean_g, float *rstd_g, Moments of) {
+/* A group's planes, where positions lie one behind the other. `of` are the moments of all channels, or room for them. */
+static void forward_of_planes(const Norm *q, const float *x, int64_t group, float eps, int relu, Moments of, int known,
+                              const Map *of_y, float *y, float *mean_g, float *rstd_g) {
     const Map *m = &q->map;
     int64_t size = m->c / q->groups, first = group * size, batch = q->center != NULL;
-    for (int64_t i = first; i < first + size; i++)
+    for (int64_t i = first; !known && i < first + size; i++)
         moments_of_plane(x + i * m->c_step, m->s, of.mean + i, of.squares + i);
     moments_of_group(q, group, of, eps, mean_g + group, rstd_g + group);
     float mean = mean_g[group], floor = relu ? 0 : -INFINITY;
@@ -370,31 +373,36 @@ static Norm norm_of(const Map *m, int64_t groups, const float *center, const flo
     return (Norm){*m, groups, center, slope, start, of_weight, of_bias, made};
 }
 
+/* `known` are the moments of all channels of all samples, or NULL. */
+static void forward(const Norm *q, const float *x, float eps, int relu, double *known, const Map *of_y, float *y,
+                    float *mean, float *rstd) {
+    const Map *m = &q->map;
+    int64_t groups = q->groups;
+    if (channels_last(m)) {
+        int inner = m->n < omp_get_max_threads();
+#pragma omp parallel for schedule(static) if (!inner && m->n * m->s * m->c > SMALL)
+        for (int64_t n = 0; n < m->n; n++)
+            forward_of_rows(q, x + n * m->n_step, eps, relu, known ? known + 2 * m->c * n : NULL, of_y,
+                            y + n * of_y->n_step, mean + n * groups, rstd + n * groups, inner);
+        return;
+    }
+    double *all = known ? known : double_room(2 * m->n * m->c);
+#pragma omp parallel for schedule(static) if (m->n * m->s * m->c > SMALL)
+    for (int64_t job = 0; job < m->n * groups; job++) {
+        int64_t n = job / groups;
+        forward_of_planes(q, x + n * m->n_step, job % groups, eps, relu, moments_at(all, m->c, n), known != NULL, of_y,
+                          y + n * of_y->n_step, mean + n * groups, rstd + n * groups);
+    }
+    if (!known) free(all);
+}
+
 /* `center` to `batch_bias` NULL for group normalization; `mean` is (2, N, G), with 1 / std behind the means. */
 void channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, const float *x, const float *center,
                   const float *var, const float *batch_weight, const float *batch_bias, const float *weight,
                   const float *bias, int64_t scales, double eps, int64_t relu, float *y, float *mean) {
-    const Map *m = (const Map *)map, *of_y = (const Map *)map_of_y;
-    float *rstd = mean + m->n * groups;
+    const Map *m = (const Map *)map;
     Norm q = norm_of(m, groups, center, var, batch_weight, batch_bias, weight, bias, scales, (float)eps);
-    int64_t threads = omp_get_max_threads();
-    if (channels_last(m)) {
-        int inner = m->n < threads;
-#pragma omp parallel for schedule(static) if (!inner && m->n * m->s * m->c > SMALL)
-        for (int64_t n = 0; n < m->n; n++)
-            forward_of_rows(&q, x + n * m->n_step, (float)eps, (int)relu, of_y, y + n * of_y->n_step, mean + n * groups,
-                            rstd + n * groups, inner);
-        free(q.memory);
-        return;
-    }
-    double *all = double_room(2 * m->n * m->c);
-#pragma omp parallel for schedule(static) if (m->n * m->s * m->c > SMALL)
-    for (int64_t job = 0; job < m->n * groups; job++) {
-        int64_t n = job / groups;
-        forward_of_planes(&q, x + n * m->n_step, job % groups, (float)eps, (int)relu, of_y, y + n * of_y->n_step,
-                          mean + n * groups, rstd + n * groups, moments_at(all, m->c, n));
-    }
-    free(all);
+    forward(&q, x, (float)eps, (int)relu, NULL, (const Map *)map_of_y, y, mean, mean + m->n * groups);
     free(q.memory);
 }
 
@@ -454,11 +462,11 @@ void channel_norm_backward(const int64_t *map, const int64_t *map_of_g, const in
     free(q.memory);
 }
 
-/* Mean and sum of squared deviations of each channel over all samples and positions: the first 2 C of what is given. */
+/* Mean and sum of squared deviations of each channel over all samples and positions, 2 C, and those of each sample. */
 static double *moments_of_batch(const Map *m, const float *x) {
     int64_t c = m->c, last = channels_last(m), chunk = last ? chunk_of(m) : m->s;
     int64_t chunks = (m->s + chunk - 1) / chunk, jobs = m->n * chunks;
-    double *all = double_room(2 * c * jobs);
+    double *total = double_room(2 * c * (jobs + 1)), *all = total + 2 * c;
 #pragma omp parallel for schedule(static) if (m->n * m->s * c > SMALL)
     for (int64_t job = 0; job < (last ? jobs : jobs * c); job++) {
         int64_t k = last ? job : job / c, n = k / chunks, from = k % chunks * chunk, i = job % c;
@@ -469,10 +477,15 @@ static double *moments_of_batch(const Map *m, const float *x) {
         else
             moments_of_plane(v + i * m->c_step, m->s, of.mean + i, of.squares + i);
     }
-    for (int64_t n = 0; n < m->n; n++) join_moments(all + 2 * c * n * chunks, chunks, c, chunk, m->s);
-    for (int64_t n = 1; n < m->n; n++) memcpy(all + 2 * c * n, all + 2 * c * n * chunks, 2 * c * sizeof(double));
-    join_moments(all, m->n, c, m->s, m->n * m->s);
-    return all;
+    for (int64_t n = 0; n < m->n; n++) {
+        join_moments(all + 2 * c * n * chunks, chunks, c, chunk, m->s);
+        if (n) memmove(all + 2 * c * n, all + 2 * c * n * chunks, 2 * c * sizeof(double));
+        if (n)
+            join(moments_at(total, c, 0), moments_at(all, c, n), c, (double)n * m->s, (double)m->s);
+        else
+            memcpy(total, all, 2 * c * sizeof(double));
+    }
+    return total;
 }
 
 void channel_moments(const int64_t *map, const float *x, float *mean, float *squares) {
@@ -482,18 +495,25 @@ void channel_moments(const int64_t *map, const float *x, float *mean, float *squ
     free(all);
 }
 
-/* Lets a batch into estimates, and copies them: `updated_estimates` of `methods/batch_channel_norm.py`. */
-void updated_estimates(const int64_t *map, const float *x, double rate, int64_t warm, float *mean, float *var,
-                       int64_t *batches, float *mean_now, float *var_now) {
+/* `channel_norm` by estimates, `running_mean` and `running_var`, into which the batch goes first: `updated_estimates` of
+   `methods/batch_channel_norm.py`. `center` and `var` are what they are then, for backward. */
+void estimated_channel_norm(const int64_t *map, const int64_t *map_of_y, int64_t groups, const float *x, float *center,
+                            float *var, const float *batch_weight, const float *batch_bias, const float *weight,
+                            const float *bias, int64_t scales, double eps, int64_t relu, float *y, float *mean,
+                            double rate, int64_t warm, float *running_mean, float *running_var, int64_t *batches) {
     const Map *m = (const Map *)map;
     double *all = moments_of_batch(m, x), count = (double)m->n * m->s;
     if (warm) rate = MAX(rate, 1 / (*batches + 1 + 1 / count));
     double drifts = warm && *batches == 0 ? 0 : 1;
     for (int64_t i = 0; i < m->c; i++) {
-        double drift = all[i] - mean[i], spread = drift * drifts;
-        mean[i] = mean_now[i] = (float)(mean[i] + rate * drift);
-        var[i] = var_now[i] = (float)(var[i] + rate * (all[m->c + i] / count + spread * spread - var[i]));
+        double drift = all[i] - running_mean[i], spread = drift * drifts;
+        running_mean[i] = center[i] = (float)(running_mean[i] + rate * drift);
+        double now = all[m->c + i] / count + spread * spread;
+        running_var[i] = var[i] = (float)(running_var[i] + rate * (now - running_var[i]));
     }
     *batches += 1;
+    Norm q = norm_of(m, groups, center, var, batch_weight, batch_bias, weight, bias, scales, (float)eps);
+    forward(&q, x, (float)eps, (int)relu, all + 2 * m->c, (const Map *)map_of_y, y, mean, mean + m->n * groups);
+    free(q.memory);
     free(all);
 }
