@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,9 +62,23 @@ def laid_out(t: Tensor, like: Tensor) -> Tensor:
 
 def filters_as_rows(weight: Tensor) -> Tensor:
     """``weight``, or a copy, whose filters are rows in memory one after another."""
-    size = weight.numel() // weight.shape[0]
-    dense = weight.is_contiguous() or (weight.dim() in (4, 5) and weight.movedim(1, -1).is_contiguous())
-    return weight if dense and weight.stride(0) == size else weight.contiguous()
+    return weight if _are_rows(weight.shape, weight.stride()) else weight.contiguous()
+
+
+@functools.lru_cache(4096)
+def _are_rows(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    within = list(zip(shape[1:], strides[1:], strict=True))
+    return strides[0] == math.prod(shape[1:]) and (_in_order(within) or _in_order([*within[1:], *within[:1]]))
+
+
+def _in_order(sizes_and_strides: Sequence[tuple[int, int]]) -> bool:
+    """Whether values lie one behind the other, those of the last dimension first."""
+    expected = 1
+    for size, stride in reversed(sizes_and_strides):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def three(sizes: Sequence[int], missing: int = 1) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ class NativeStages(Stages):
         h = torch.empty_like(y)
         masked = torch.empty_like(y) if relu and residual is not None else None
         g_var, g_own = torch.empty_like(done.mean), torch.empty_like(done.mean)
-        g_bias, g_total = total.new_empty((2, total.shape[0])).unbind()
+        g_bias, g_total = torch.empty_like(total), torch.empty_like(total)
         given = (gradient, y, beside, bias, total, done.scale, done.mean, relu)
         to = (h, masked, g_var, g_own, g_bias, g_total)
         function("kn_pulled", "ppppppppipppppp")(as_map(y.shape, y.stride()), *given, *to)

@@ -177,8 +177,8 @@ def _check_groups(groups: int, norm_groups: int) -> None:
 
 def convolve(x: Tensor, filters: Tensor, at: Windows, groups: int) -> Tensor:
     conv = _CONVS[len(at.kernel) - 1]
-    if at.padding_mode == "zeros" and at.symmetric is not None:
-        return conv(x, filters, None, at.stride, at.symmetric, at.dilation, groups)
+    if at.padding_mode == "zeros" and (padding := at.symmetric) is not None:
+        return conv(x, filters, None, at.stride, padding, at.dilation, groups)
     return conv(pad(x, at), filters, None, at.stride, 0, at.dilation, groups)
 
 
