@@ -125,7 +125,7 @@ TARGETS: tuple[Target, ...] = (
     _target("GN + ReLU, contiguous", "0.45-0.54", 0.6, 0.35, "norm", "gn", _NCHW),
     _target("BCN + ReLU, channels_last", "2.1-3.5", 1.3, 0.8, "norm", "bcn", _NHWC),
     _target("PN + ReLU", "4-6", 0.7, 0.45, "norm", "pn", _SMALL),
-    _target("LCN + ReLU, windows smaller than the map", "6-16", 2.0, 1.0, "norm", "lcn*", _SMALL),
+    _target("LCN + ReLU, windows smaller than the map", "6-16", 2.0, 1.0, "norm", "lcn(window=*)", _SMALL),
     _target("norm + ReLU + conv, recomputed", "1", 1.03, 0.95, "recompute", "gn|bcn", _SMALL),
     _target("norm + ReLU + conv, recomputed, memory kept for backward", "1", 0.55, 0.50, "recompute", "gn|bcn", _SMALL,
             number="saved_ratio"),
