@@ -3,6 +3,7 @@
 from anybatch.kernels import channel_moments as channel_moments
 from anybatch.kernels import library_kn_conv as library_kn_conv
 from anybatch.kernels import native_channel_norm as native_channel_norm
+from anybatch.kernels import native_clipping as native_clipping
 from anybatch.kernels import native_filter_response_norm as native_filter_response_norm
 from anybatch.kernels import native_filters as native_filters
 from anybatch.kernels import native_kn_conv as native_kn_conv

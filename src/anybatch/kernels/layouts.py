@@ -62,11 +62,12 @@ def laid_out(t: Tensor, like: Tensor) -> Tensor:
 
 def filters_as_rows(weight: Tensor) -> Tensor:
     """``weight``, or a copy, whose filters are rows in memory one after another."""
-    return weight if _are_rows(weight.shape, weight.stride()) else weight.contiguous()
+    return weight if are_rows(weight.shape, weight.stride()) else weight.contiguous()
 
 
 @functools.lru_cache(4096)
-def _are_rows(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+def are_rows(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether the values of (O, C, *) lie row after row of dimension 0, and in each its channels first or last."""
     within = list(zip(shape[1:], strides[1:], strict=True))
     return strides[0] == math.prod(shape[1:]) and (_in_order(within) or _in_order([*within[1:], *within[:1]]))
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.kernels.layouts import are_rows
+
 LARGE = 512
 """Values of a row from which on several warps read it."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,9 +33,7 @@ def table(device: torch.device, rows: tuple[tuple[int | float, ...], ...]) -> Te
 
 def dense_rows(t: Tensor, rows: int) -> bool:
     """Whether a tensor's values lie in memory row after row of dimension 0, in whatever order within each."""
-    if t.is_contiguous():
-        return True
-    return t.dim() > 2 and rows == len(t) and t.movedim(1, -1).is_contiguous()
+    return t.is_contiguous() or (rows == len(t) and are_rows(t.shape, t.stride()))
 
 
 def aligned(size: int, *addresses: int) -> bool:
