@@ -255,6 +255,8 @@ def test_the_page_of_speed_is_made_of_rows(tmp_path: Path) -> None:
         in text.split("### CPU, B, 8 cores, 1 thread")[1]
     )
     assert "Nothing was measured on a GPU" in text
+    whatever = [dict(row, machine="cpu-a") for row in written]
+    assert "| KNConv + ReLU, p = 0 |" in speed_page({"mine": whatever, "empty": []}, "a command")  # a file of any name
     assert "no reason \\| at all" in text
 
 

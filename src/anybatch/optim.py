@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anybatch import kernels as kernels
 from anybatch.methods.adaptive_gradient_clipping import AGC as AGC
 from anybatch.methods.adaptive_gradient_clipping import AttachedAGC as AttachedAGC
 from anybatch.methods.adaptive_gradient_clipping import Clipped as Clipped

@@ -122,9 +122,10 @@ def of(made: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which opcheck looks at
 @LAID_OUT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @NAMES
-def test_it_passes_opcheck(name: str, layout: str) -> None:
-    args = given(name, layout, torch.float32)
+def test_it_passes_opcheck(name: str, layout: str, dtype: torch.dtype) -> None:
+    args = given(name, layout, dtype)
     torch.library.opcheck(operator(name).default, tuple(args))
     x, *rest = (t.detach() if isinstance(t, Tensor) else t for t in args)
     y, *moments = of(operator(name)(x, *rest))

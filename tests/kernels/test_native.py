@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from anybatch.dispatch import Op, backend, explain
 from anybatch.functional import (
@@ -27,7 +28,7 @@ from anybatch.functional import (
 )
 from anybatch.kernels import native_common
 from anybatch.layers import BatchChannelNorm2d
-from anybatch.methods.batch_channel_norm import estimated_batch_channel_norm
+from anybatch.methods.batch_channel_norm import EstimatedStatistics, estimated_batch_channel_norm
 from anybatch.methods.batch_norm import channel_moments
 from helpers import assert_error_within, error
 
@@ -403,6 +404,25 @@ def test_batch_channel_norm_with_scales_of_groups(format: torch.memory_format) -
 
 
 @FORMATS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [True, False], ids=["parameters in float32", "all in half precision"])
+@pytest.mark.parametrize("name", [name for name in CALLS if "conv" not in name])
+def test_half_precision_is_float32_rounded(
+    name: str, wide: bool, dtype: torch.dtype, format: torch.memory_format
+) -> None:
+    x, *others = (t.to(dtype) for t in given(name, (3, 6, 5, 7), 1, format))
+    found = []
+    for cast in (True, False):
+        asked = [t.detach().requires_grad_() for t in (x, *(t.float() if wide else t for t in others))]
+        with backend("native"):
+            y = CALLS[name][1](*((t.float() for t in asked) if cast else asked)).to(dtype)
+        found.append([y, *torch.autograd.grad(y.float().sin().sum(), asked)])
+        assert [g.dtype for g in found[-1][1:]] == [t.dtype for t in asked]
+    for got, right in zip(*found, strict=True):
+        assert torch.equal(got, right)
+
+
+@FORMATS
 @pytest.mark.parametrize("rate", [None, 0.25])
 @pytest.mark.parametrize("warm_start", [True, False])
 def test_estimates_take_batches_in_as_formulas_do(
@@ -425,11 +445,33 @@ def test_estimates_take_batches_in_as_formulas_do(
                 t._version > before for t, before in zip(estimates, versions, strict=True)
             )  # as autograd must see
             (second,) = torch.autograd.grad(y.sin().sum(), asked[0], create_graph=True)
-            found.append([y, *torch.autograd.grad(y.square().sum(), asked, retain_graph=True), *estimates[:2]])
+            found.append([y, *torch.autograd.grad(y.square().sum(), asked, retain_graph=True)])
             found[-1].append(torch.autograd.grad(second.square().sum(), asked[0])[0])
         for got, right in zip(*found, strict=True):
             assert_error_within(got, right, 1e-4 * right.abs().max().item())  # |mean| / std is up to 150
+        for got, right in zip(own[:2], exact[:2], strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=1e-6)
     assert own[2] == exact[2] == 4
+
+
+@pytest.mark.parametrize("watched", ["hook", "class", "everywhere"])
+def test_who_watches_the_estimates_sees_them_called_in_training_too(watched: str) -> None:
+    class Own(EstimatedStatistics):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            called.append(True)
+            return super().forward(x)
+
+    called: list[bool] = []
+    layer = BatchChannelNorm2d(4, 2)
+    if watched == "class":
+        layer.bn = Own(4)
+        layer(torch.randn(2, 4, 3, 3))
+    else:
+        register = layer.bn.register_forward_hook if watched == "hook" else register_module_forward_hook
+        handle = register(lambda module, *_: called.append(True) if module is layer.bn else None)
+        layer(torch.randn(2, 4, 3, 3))
+        handle.remove()
+    assert called == [True]
 
 
 def test_estimates_of_the_next_batch_leave_backward_as_it_was() -> None:
@@ -462,7 +504,7 @@ def test_second_derivatives_are_those_of_the_reference(name: str) -> None:
     ("x", "reason"),
     [
         (torch.ones(2, 4, 3, 3, dtype=torch.float64), "x is torch.float64"),
-        (torch.ones(2, 4, 3, 3, dtype=torch.bfloat16), "x is torch.bfloat16"),
+        (torch.ones(2, 4, 3, 3, dtype=torch.complex64), "x is torch.complex64"),
         (torch.ones(0, 4, 3, 3), "no map with values"),
         (torch.ones(2, 4, 3, 6)[..., ::2], "neither contiguous nor channels last"),
         (torch.ones(2, 4, 3, 3, device="meta"), "x is on meta"),

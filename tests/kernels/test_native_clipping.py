@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,13 +13,26 @@ from anybatch.kernels import native_clipping, native_common
 from anybatch.methods.adaptive_gradient_clipping import LEAST_NORM, Clipped, Units, adaptive_clip_grad_, clip_alike
 from anybatch.methods.parameters import places
 
+KNOWN = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""Whether torch adds in the kernel's order: known beforehand, so that a mistake in the kernel skips no test."""
+
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler() -> None:
     if reason := native_common.refused_c():
         pytest.skip(reason)
-    if not native_clipping._adds_as_torch():
-        pytest.skip("torch adds in another order here")
+    if not KNOWN:
+        pytest.skip("torch may add in another order here")
+
+
+def test_torch_adds_in_the_kernel_s_order() -> None:
+    assert native_clipping._adds_as_torch()
+
+
+def test_a_look_at_norms_tells_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native_clipping._norms
+    monkeypatch.setattr(native_clipping, "_norms", lambda *args: right(*args).nextafter(torch.tensor(torch.inf)))
+    assert not native_clipping._adds_as_torch.__wrapped__()
 
 
 @pytest.fixture
@@ -51,9 +64,11 @@ def units_of(model: nn.Module) -> list[Units]:
     return [Units.at(place) for place in places(model)]
 
 
-def clipped_by(how: str, model: nn.Module, scale: Tensor | None = None) -> tuple[list[Tensor], Clipped]:
+def clipped_by(
+    how: str, model: nn.Module, scale: Tensor | None = None, eps: float = 1e-3
+) -> tuple[list[Tensor], Clipped]:
     with backend(how), torch.no_grad():
-        found = clip_alike(units_of(model), 0.02, 1e-3, scale, torch.float32)
+        found = clip_alike(units_of(model), 0.02, eps, scale, torch.float32)
     return [p.grad for p in model.parameters() if p.grad is not None], found
 
 
@@ -112,6 +127,41 @@ def test_what_is_not_finite_or_0_stays() -> None:
     assert found[0][2].tolist() == [False, False, False, True, True, False]
 
 
+def test_gradients_below_the_least_norm_are_divided_by_it() -> None:
+    found = []
+    for how in ("native", "reference"):
+        model = nn.Linear(9, 6, bias=False)
+        nn.init.zeros_(model.weight)
+        model.weight.grad = torch.full_like(model.weight, 2e-7)
+        grads, told = clipped_by(how, model, eps=1e-6)
+        assert told.over.all()
+        found.append(grads[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
+    model = network()
+    truth = clipped_by("native", network())[1]
+    native_clipping._adds_as_torch.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = clipped_by("native", model)[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.ratios, truth.ratios)
+    assert torch.equal(found.over, truth.over)
+
+
+def test_tied_weights_are_clipped_once() -> None:
+    model = network()
+    expected = slowly(model, 0.02, 1e-3)
+    adaptive_clip_grad_([*model.parameters(), *list(model.parameters())[:3]], 0.02)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, grad)  # pyright: ignore[reportArgumentType]
+
+
 def test_autograd_sees_that_gradients_have_changed() -> None:
     model = network()
     versions = [p.grad._version for p in model.parameters() if p.grad is not None]
@@ -127,40 +177,94 @@ def test_it_runs_where_it_can() -> None:
     assert _said(network(last=True))["native"] == "runs"
 
 
-def _transposed() -> nn.Module:
-    return nn.Sequential(nn.ConvTranspose2d(4, 6, 3))
-
-
-def _large_vector() -> nn.Module:
+def _of(*shapes: tuple[int, ...], strided: str = "") -> nn.Module:
+    """Parameters of these shapes and gradients of them; ``strided``: which of the two have gaps."""
     model = nn.Module()
-    model.register_parameter("gain", nn.Parameter(torch.randn(40_000)))
+    for i, shape in enumerate(shapes):
+        doubled = torch.randn(*shape, 2)
+        p = nn.Parameter(doubled[..., 0] if strided == "weight" else doubled[..., 0].contiguous())
+        p.grad = torch.randn(*shape, 2)[..., 0] if strided == "gradient" else torch.randn(shape)
+        model.register_parameter(f"p{i}", p)
+    return model
+
+
+def _transposed() -> nn.Module:
+    model = nn.ConvTranspose2d(4, 6, 3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
     return model
 
 
 def _half() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 4)).bfloat16()
+    model = _of((4, 4)).bfloat16()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model
 
 
-def _strided() -> nn.Module:
-    model = nn.Linear(4, 4)
-    model.weight = nn.Parameter(torch.randn(4, 8)[:, ::2])
+def _subclass() -> nn.Module:
+    class Own(nn.Parameter):
+        pass
+
+    model = _of((4, 4))
+    model.p0 = Own(torch.randn(4, 4))
+    model.p0.grad = torch.randn(4, 4)
+    return model
+
+
+def _shared(kind: str) -> nn.Module:
+    model = _of((4, 4), (4, 4))
+    first, second = model.parameters()
+    flat = torch.randn(24)
+    if kind == "one gradient":
+        first.grad = second.grad
+    elif kind == "parts":
+        first.grad, second.grad = flat[:16].view(4, 4), flat[8:].view(4, 4)
+    else:
+        first.grad = second.data
     return model
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"),
+    ("make", "reason"),
     [
-        (_transposed(), "no rows in memory"),
-        (_large_vector(), "one unit that torch splits among threads"),
-        (_half(), "not float32"),
-        (_strided(), "no rows in memory"),
+        (_transposed, "no rows in memory"),
+        (lambda: _of((40_000,)), "one unit that torch splits among threads"),
+        (lambda: _of((4, 4), (0, 4)), "is empty"),
+        (_half, "not float32"),
+        (_subclass, "is a Own"),
+        (lambda: _of((4, 4), strided="weight"), "no rows in memory"),
+        (lambda: _of((4, 4), strided="gradient"), "no rows in memory"),
+        (lambda: _shared("one gradient"), "share memory"),
+        (lambda: _shared("parts"), "share memory"),
+        (lambda: _shared("a weight"), "share memory"),
     ],
 )
-def test_what_it_leaves_to_torch_says_why_and_is_right(model: nn.Module, reason: str) -> None:
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    assert reason in _said(model)["native"]
-    assert adaptive_clip_grad_(model).clipped > 0
+def test_what_it_leaves_to_torch_says_why_and_is_right(make: Callable[[], nn.Module], reason: str) -> None:
+    found = []
+    for how in ("auto", "reference"):
+        torch.manual_seed(0)
+        model = make()
+        with backend(how):
+            told = adaptive_clip_grad_(model, 0.02)
+        found.append([told.ratios, *(p.grad for p in model.parameters())])
+        assert told.clipped > 0
+    assert reason in _said(make())["native"]
+    for got, right in zip(*found, strict=True):
+        assert torch.equal(got, right)
+
+
+def test_gradients_side_by_side_in_one_buffer_are_taken() -> None:
+    model = _of((4, 4), (4, 4))
+    flat = torch.randn(32)
+    for p, part in zip(model.parameters(), flat.view(2, 4, 4), strict=True):
+        p.grad = part
+    assert _said(model)["native"] == "runs"
+
+
+def test_compiled_code_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "torch.compile" in _said(network())["native"]
 
 
 def test_where_torch_adds_in_another_order_it_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class Row(TypedDict):
 
 
 def machine_of(device: torch.device) -> str:
-    """The kind of machine, as part of a file name: ``"cpu-"`` and the processor's name, or the GPU's."""
+    """The kind of machine, as part of a file name: ``"cpu-"`` and the processor with its cores, or the GPU."""
     name = device_name(device).lower().replace("(r)", " ").replace("(tm)", " ")
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 

@@ -129,6 +129,7 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
         by_machine: Rows of each kind of machine.
         command: How the rows are made.
     """
+    by_device = [(_device(rows), rows) for rows in by_machine.values() if rows]
     text = [
         "# Speed",
         "",
@@ -142,14 +143,14 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
         "",
         "## Targets",
     ]
-    for machine, rows in by_machine.items():
-        own = (one for one in judged(rows) if one.target.gpu == is_gpu(machine))
-        text += ["", f"### {_device(rows)}", "", *markdown(TARGET_HEADINGS, map(target_line, own))]
-    if not any(map(is_gpu, by_machine)):
+    for device, rows in by_device:
+        own = (one for one in judged(rows) if one.target.gpu == is_gpu(rows[0]["machine"]))
+        text += ["", f"### {device}", "", *markdown(TARGET_HEADINGS, map(target_line, own))]
+    if not any(is_gpu(rows[0]["machine"]) for _, rows in by_device):
         text += ["", f"Nothing was measured on a GPU. On a machine that has one, `{command}` does it."]
-    for rows in by_machine.values():
+    for device, rows in by_device:
         versions = dict.fromkeys(f"torch {row['versions']['torch']}" for row in rows)
-        text += ["", f"## {_device(rows)}", "", f"{'; '.join(versions)}."]
+        text += ["", f"## {device}", "", f"{'; '.join(versions)}."]
         for case in dict.fromkeys(row["case"] for row in rows):
             mine = [row for row in rows if row["case"] == case]
             text += ["", f"### {case}", ""]
@@ -172,10 +173,10 @@ def _device(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def comparison(first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """For what both hold: ratios to the baseline in both, and those of the second to the first, of ratio and time."""
-    others = {row["id"]: row for row in second}
+    others = {_work(row): row for row in second}
     made = []
     for row in first:
-        other = others.get(row["id"])
+        other = others.get(_work(row))
         if other is None:
             continue
         told = [row["case"], size_of(row["facts"]), row["variant"], row["mode"]]
@@ -194,6 +195,11 @@ def comparison(first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str,
             ]
         )
     return made
+
+
+def _work(row: Mapping[str, Any]) -> str:
+    """A row's id without the machine."""
+    return row["id"].replace(f" {row['machine']} ", " ")
 
 
 COMPARISON_HEADINGS = ("case", "of", "variant", "mode", "first", "second", "second/first", "time", "kept")

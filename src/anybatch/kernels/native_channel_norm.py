@@ -1,4 +1,4 @@
-"""Group normalization and Batch-Channel Norm in C, for float32 on the CPU, with a ReLU or without.
+"""Group normalization and Batch-Channel Norm in C, on the CPU, with a ReLU or without.
 
 One call forward and one backward. Kept are ``x``, the parameters, and two numbers a group of each sample.
 """
@@ -191,8 +191,8 @@ def _estimated_refusal(
         return "compiled code lets batches in by formulas"
     if sharing():
         return "processes share their statistics"
-    if batches.dtype != torch.int64 or batches.device != x.device:
-        return f"the number of batches is {batches.dtype} on {batches.device.type}"
+    if batches.dtype != torch.int64 or not running_mean.dtype == running_var.dtype == torch.float32:
+        return "estimates are not float32, or their number is not int64"
     return _batch_refusal(x, groups, running_mean, running_var, *scales, eps=eps, activation=activation)
 
 
@@ -214,7 +214,7 @@ def native_estimated_batch_channel_norm(
     activation: str = "none",
 ) -> Tensor:
     """Reads ``x`` once less than letting it in and normalizing it apart."""
-    mean, var = x.new_empty((2, x.shape[1])).unbind()
+    mean, var = torch.empty_like(running_mean), torch.empty_like(running_var)
     update = (image_rate(len(x)) if rate is None else rate, warm_start, running_mean, running_var, batches)
     scales = (batch_weight, batch_bias, weight, bias)
     y = CHANNEL_NORM(x, mean, var, *scales, groups, eps, activation == "relu", update)

@@ -32,24 +32,42 @@ def _refusal(
             return f"{u.name} is a {type(p).__name__} with a gradient that is a {type(grad).__name__}"
         if not (p.device.type == grad.device.type == "cpu" and p.dtype == grad.dtype == torch.float32):
             return f"{u.name} or its gradient is not float32 on the CPU"
-        if u.groups or not (_are_rows(u, p) and _are_rows(u, grad)):
+        if u.groups or not (_are_rows(p) and _are_rows(grad)):
             return f"the units of {u.name} or of its gradient are no rows in memory"
         if not 0 < p.numel() < (_SPLIT if u.count == 1 else torch.inf):
             return f"{u.name} of shape {tuple(p.shape)} is empty, or one unit that torch splits among threads"
+    if _overlap(units):
+        return "gradients share memory, so that clipping one changes the norm of another"
     return None if _adds_as_torch() else "torch adds in another order here"
 
 
-def _are_rows(u: Units, t: Tensor) -> bool:
-    return t.is_contiguous() or (u.groups is None and are_rows(t.shape, t.stride()))
+def _are_rows(t: Tensor) -> bool:
+    return t.is_contiguous() or are_rows(t.shape, t.stride())
+
+
+def _overlap(units: list[Units]) -> bool:
+    """Whether what is written lies where something else is read or written."""
+    grads = ((u.parameter.grad, True) for u in units)
+    ranges = [(t.data_ptr(), 4 * t.numel(), written) for t, written in (*grads, *((u.parameter, False) for u in units))]  # pyright: ignore[reportOptionalMemberAccess] (there are gradients)
+    end = end_of_written = 0
+    for start, size, written in sorted(ranges):
+        if start < (end if written else end_of_written):
+            return True
+        end = max(end, start + size)
+        end_of_written = max(end_of_written, start + size) if written else end_of_written
+    return False
 
 
 @functools.cache
 @torch.no_grad()
 def _adds_as_torch() -> bool:
-    """Whether norms of some filters and vectors, with all that eights may leave of a row, are those of torch."""
-    generator = torch.Generator().manual_seed(0)
+    """Whether norms of some filters and vectors, with all that eights may leave of a row, are those of torch.
+
+    Asked once a process.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
     for size in (*range(1, 17), 27, 147, 576, 2304):
-        drawn = torch.randn(64, size, 3, 3, generator=generator)
+        drawn = torch.randn(64, size, 3, 3, generator=generator, dtype=torch.float32, device="cpu")
         rows = drawn[:, :, 0, 0].contiguous()
         for filters in (rows, drawn, drawn.contiguous(memory_format=torch.channels_last)):
             truth = torch.linalg.vector_norm(filters, dim=tuple(range(1, filters.dim())))
@@ -71,8 +89,8 @@ def _clip(
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients of weights, gradients and numbers of units: the ratios and what was over."""
     table = [n for w, g, units in parameters for n in (w.data_ptr(), g.data_ptr(), units, w.numel() // units)]
-    ratios = torch.empty(sum(units for _, _, units in parameters))
-    over = torch.empty(ratios.shape, dtype=torch.bool)
+    ratios = torch.empty(sum(units for _, _, units in parameters), dtype=torch.float32, device="cpu")
+    over = torch.empty(ratios.shape, dtype=torch.bool, device="cpu")
     given = (clip_factor, eps, LEAST_NORM, scale, ratios, over)
     function("clip_units", "ipddddpp")(len(parameters), (ctypes.c_int64 * len(table))(*table), *given)
     return ratios, over

@@ -19,7 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ class _AbsentError(Exception):
     """Why there is no library."""
 
 
-def refused_native(x: Tensor) -> str | None:
+def refused_native(x: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> str | None:
     """Why kernels in C cannot take ``x``, or None."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}"
     if (reason := refused_tracing()) is not None:
         return reason
-    if x.dtype != torch.float32:
+    if x.dtype not in dtypes:
         return f"x is {x.dtype}"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}"
@@ -152,8 +152,10 @@ def function(name: str, signature: str) -> Callable[..., None]:
     """A compiled kernel; its arguments, a letter each: p, tensor, array or None; i, whole number; d, number."""
     found = getattr(_found()[0], name)
     found.argtypes, found.restype = [_KINDS[kind] for kind in signature], None
+    expected = len(signature)
 
     def call(*given: Any) -> None:  # which holds the tensors until it returns
+        assert len(given) == expected, name  # ctypes lets more pass
         found(*[one.data_ptr() if isinstance(one, Tensor) else one for one in given])
 
     return call

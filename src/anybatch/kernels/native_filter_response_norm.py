@@ -1,4 +1,4 @@
-"""Filter response normalization and its threshold in C, for float32 on the CPU: one call forward and one backward.
+"""Filter response normalization and its threshold in C, on the CPU: one call forward and one backward.
 
 Kept are ``x``, the parameters, and a number a channel of each sample.
 """
@@ -88,6 +88,8 @@ def _refusal(
         return reason
     if x.dim() < 3:
         return f"x of shape {tuple(x.shape)} has no positions"
+    if x.dtype != torch.float32 and math.prod(x.shape[2:]) == 1:
+        return "of one position as many roots as values would be kept, in float32"
     of_channels = (weight, bias, tau, None if eps_l is None or eps_l.shape == (1,) else eps_l)
     if any(p is not None and p.shape != x.shape[1:2] for p in of_channels):
         return "a parameter is not one number a channel of x"

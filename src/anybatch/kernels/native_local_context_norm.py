@@ -1,4 +1,4 @@
-"""Local context normalization in C, for float32 on the CPU: one call forward, one backward; ``x`` alone is kept."""
+"""Local context normalization in C, on the CPU: one call forward, one backward; ``x`` alone is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positional normalization in C, for float32 on the CPU, with a ReLU or without: one call forward and one backward."""
+"""Positional normalization in C, on the CPU, with a ReLU or without: one call forward and one backward."""
 
 from __future__ import annotations
 

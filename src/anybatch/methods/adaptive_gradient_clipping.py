@@ -364,6 +364,8 @@ def adaptive_clip_grad_(
     if names and any(isinstance(item, Tensor) for item in given):
         raise ValueError(f"exclude={names!r} needs names; give a model or its named_parameters()")
     named = [(f"parameter {i}", item) if isinstance(item, Tensor) else item for i, item in enumerate(given)]
+    firsts = {id(p): (name, p) for name, p in reversed(named)}  # of tied weights, which are clipped once
+    named = [pair for pair in named if firsts[id(pair[1])] == pair]
     known = {name for name, _ in named} | {name.removesuffix(".weight") for name, _ in named}
     for name in names:
         if name not in known:

@@ -107,7 +107,7 @@ def estimated_batch_channel_norm(
 ) -> Tensor:
     """`batch_channel_norm` by estimates that let the batch in first, in place: `updated_estimates`.
 
-    No gradient flows through the estimates.
+    No gradient flows through the estimates. Arguments and errors are those of the two.
     """
     with torch.no_grad():
         batch = updated_estimates(x, running_mean, running_var, batches, rate=rate, warm_start=warm_start)
@@ -157,7 +157,8 @@ def image_rate(images: int | Tensor) -> Any:
 class EstimatedStatistics(nn.Module):
     """Channel statistics over many batches, brought up to date before they are used, and their scale and shift.
 
-    In training each call first lets its batch in, without gradients, and then returns the new values:
+    In training each call, and each of a `BatchChannelNorm2d` around it, which makes none unless it is `watched`, first
+    lets its batch in, without gradients, and then returns the new values:
     ``var = (1 - r) var + r mean((x - mean)²)`` around the mean of before, biased; ``mean = (1 - r) mean + r mean(x)``.
     In evaluation the same values are used as they stand.
 
@@ -205,6 +206,12 @@ class EstimatedStatistics(nn.Module):
     def takes_in(self, x: Tensor) -> bool:
         """Whether a batch (N, C, *) is let in."""
         return self.training and not recomputing() and (x.numel() > 0 or sharing())
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody would notice if `forward` was not called: by hooks, or a forward of a class of their own."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or nn.modules.module._has_any_global_hook()
+        return bool(hooks) or type(self) is not EstimatedStatistics
 
     @property
     def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +275,7 @@ class _BatchChannelNorm(TakesActivation, ChannelNorm):
         if isinstance(self.bn, EstimatedStatistics):
             scales = (self.bn.weight, self.bn.bias, self.weight, self.bias)
             options: dict[str, Any] = {"eps": self.eps, "activation": self.activation}
-            if self.bn.takes_in(x):
+            if self.bn.takes_in(x) and not self.bn.watched:
                 options |= {"rate": self.bn.rate, "warm_start": self.bn.warm_start}
                 return estimated_batch_channel_norm(x, self.num_groups, *self.bn.estimates, *scales, **options)
             return batch_channel_norm(x, self.num_groups, *self.bn(x), *scales, **options)
