@@ -225,6 +225,13 @@ def test_masks_are_hashes_of_places_keyed_by_splitmix() -> None:
                     assert got[n, channel, place].item() == (signed >= round(0.3 * 2**16) - 2**15)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_makes_the_same_masks() -> None:
+    """It ended with a segmentation fault where an int64 overflowed that a loop's counter was multiplied into."""
+    x, seed = torch.empty(5, 7, 3, 4), torch.tensor(12345)
+    assert torch.equal(torch.compile(dropout_mask)(x, 0.3, seed), dropout_mask(x, 0.3, seed))
+
+
 def test_masks_lie_in_memory_as_their_input_does() -> None:
     seed = torch.tensor(5)
     for x in (torch.empty(2, 3, 5, 7), torch.empty(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)):

@@ -150,8 +150,9 @@ def kernel_norm(
     return y.movedim(-1, 1) if last else y
 
 
-_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-"""The constants of SplitMix64 as int64."""
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+"""The constants of SplitMix64, the last two as int64."""
+_HALF = 2**32 - 1
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Of `dropout_mask`, as int32."""
 
@@ -163,8 +164,13 @@ def dropout_threshold(p: float) -> int:
 
 def dropout_keys(seed: Tensor, samples: int) -> Tensor:
     """(N,), int64: for each sample the number of SplitMix64 from a seed, both halves of which are keys."""
+    # The place times a constant, of which 64 bits are kept. Taken as one product it ends compiled code: C++ lets no int64
+    # overflow, and compilers conclude that a loop that multiplies its counter so never comes to its end.
+    place = torch.arange(1, samples + 1, device=seed.device)
+    low = place * (_GOLDEN & _HALF)
+    high = place * (_GOLDEN >> 32) + (low >> 32)
+    z = ((high << 32) | (low & _HALF)) + seed
     # Shifts of int64 keep the sign: what they shift in is masked away.
-    z = torch.arange(1, samples + 1, device=seed.device) * _GOLDEN + seed
     z = (z ^ ((z >> 30) & (2**34 - 1))) * _FIRST
     z = (z ^ ((z >> 27) & (2**37 - 1))) * _SECOND
     return z ^ ((z >> 31) & (2**33 - 1))
