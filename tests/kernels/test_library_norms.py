@@ -82,8 +82,13 @@ CASES = {
     ),
     "local_context_norm": Case(
         "local_context_norm",
-        (C, C, [3, 2], 3, 1e-3),
-        lambda x, w, b: local_context_norm.reference(x, (3, 2), 3, w, b, eps=1e-3),
+        (C, C, [3, 2], 3, 1e-3, "gelu"),
+        lambda x, w, b: local_context_norm.reference(x, (3, 2), 3, w, b, eps=1e-3, activation="gelu"),
+    ),
+    "local_context_norm_alone": Case(
+        "local_context_norm",
+        (None, None, [3, 2], 3, 1e-3, "relu"),
+        lambda x: local_context_norm.reference(x, (3, 2), 3, eps=1e-3, activation="relu"),
     ),
 }
 NAMES = pytest.mark.parametrize("name", CASES)

@@ -91,7 +91,7 @@ CALLS: dict[str, tuple[Op, Callable[..., Tensor], Callable[[tuple[int, ...], tor
     ),
     "local_context_norm": (
         local_context_norm,
-        lambda x, w, b, act="": local_context_norm(x, 3, 2, w, b),
+        lambda x, w, b, act="relu": local_context_norm(x, 3, 2, w, b, activation=act),
         lambda s, g: norm_parameters(s[1], 2, g),
     ),
 }

@@ -70,12 +70,38 @@ def test_all_it_gives_is_right(case: str, last: bool) -> None:
     assert_errs_little(local(x, window, each, eps=0.1), x, gradient(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [(3, 4), 9])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_activations(activation: str, last: bool, window: Window, dtype: torch.dtype) -> None:
+    x = images((2, 6, 5, 7), dtype, last=last)
+    called = local(x, window, 3, activation=activation, eps=0.1)
+    for g in (gradient(x), gradient(x).contiguous()):
+        assert_errs_little(called, x, g, torch.float32)
+
+
+def test_relu_keeps_nan_and_passes_nothing_at_0() -> None:
+    x = images((1, 4, 5, 7), torch.float32)
+    x[0, 0, 0, 0] = float("nan")
+    bias = torch.zeros(4, device=DEVICE)
+    with backend("triton"):
+        y = local_context_norm(x, 3, 2, None, bias, activation="relu")
+        flat = torch.ones((1, 4, 5, 7), device=DEVICE, requires_grad=True)
+        bias.requires_grad_()
+        (g,) = torch.autograd.grad(local_context_norm(flat, 3, 2, None, bias, activation="relu").sum(), bias)
+    assert y[0, 0, 0, 0].isnan()
+    assert not g.any()
+
+
 @pytest.mark.parametrize("given", ["none", "weight", "bias"])
 def test_parameters_that_are_left_out(given: str) -> None:
     x = images((2, 6, 5, 7), torch.float32)
     weight, bias = parameters(6, "weight", "bias")
     others = (weight if given == "weight" else None, bias if given == "bias" else None)
-    assert_errs_little((local_context_norm, (3, 2, *others), {"eps": 1e-2}), x, gradient(x))
+    for activation in ("none", "relu"):
+        options = {"eps": 1e-2, "activation": activation}
+        assert_errs_little((local_context_norm, (3, 2, *others), options), x, gradient(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -188,6 +214,7 @@ def test_what_it_refuses_says_why() -> None:
     assert "one value" in told(x, 1, 1)
     assert "5000 channels" in told(x[:, :1].expand(-1, 5000, -1, -1), 3, 5000)
     assert "not one number a channel" in told(x, 3, 2, torch.ones(3, device=DEVICE))
+    assert "activation='tanh' is none of" in told(x, 3, activation="tanh")
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 4), (2, 0, 3, 4), (2, 4, 0, 4)])

@@ -14,7 +14,7 @@ lies within a row in 32.
 import triton
 import triton.language as tl
 
-from anybatch.kernels.triton_pieces import rounded
+from anybatch.kernels.triton_pieces import activated, rounded, through_activation
 
 
 @triton.jit
@@ -192,6 +192,7 @@ def normalized(
     stride_p,
     stride_c,
     eps,
+    ACTIVATION: tl.constexpr,
     EACH: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -215,7 +216,7 @@ def normalized(
         rstd = _of_channels(1.0 / tl.sqrt(var + eps), BLOCK_P, BLOCK_G, BLOCK_E)
         at = tl.cast(q, tl.int64) * inner
         x = _values(x_ptr + at * stride_xp, i, c, mask, stride_xp, stride_xc)
-        y = _affine((x - mean) * rstd, weight_ptr, bias_ptr, c, real)
+        y = activated(_affine((x - mean) * rstd, weight_ptr, bias_ptr, c, real), ACTIVATION)
         to = y_ptr + at * stride_p + (i[:, None] * stride_p + c[None, :] * stride_c)
         tl.store(to, rounded(y, y_ptr.dtype.element_ty), mask=mask)
 
@@ -224,10 +225,12 @@ def normalized(
 def pulled(
     g_ptr,  # (N, C, *): of y
     x_ptr,  # (N, C, *)
-    weight_ptr,  # (C,)
+    weight_ptr,  # (C,), as the next
+    bias_ptr,
     fields_ptr,  # (2, N, S I, G): moments over all dimensions of windows but S
     given_ptr,  # (2, N, S I, G): what the window of each position gives its values, a + b x
     rstd_ptr,  # (N, S I, G)
+    through_ptr,  # (N, C, *): g in front of the activation, where there is one
     partial_ptr,  # (programs of a group, 2, C): of the weight's and the bias's gradients
     size,  # S
     inner,  # I
@@ -242,7 +245,11 @@ def pulled(
     stride_xn,
     stride_xp,
     stride_xc,
+    stride_n,
+    stride_p,
+    stride_c,
     eps,
+    ACTIVATION: tl.constexpr,
     EACH: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -251,6 +258,7 @@ def pulled(
     n, k, i, g, c, real = _part(tl.cdiv(size, chunk), inner, groups, EACH, BLOCK_E, BLOCK_P, BLOCK_G)
     g_ptr += n * stride_gn
     x_ptr += n * stride_xn
+    through_ptr += n * stride_n
     step, row = tl.cast(inner, tl.int64) * groups, tl.cast(row, tl.int64)
     place = n * size * step + (i[:, None] * groups + g[None, :])
     mask = (i < inner)[:, None] & real[None, :]
@@ -272,6 +280,10 @@ def pulled(
         x = _values(x_ptr + at * stride_xp, i, c, mask, stride_xp, stride_xc)
         gradient = _values(g_ptr + at * stride_gp, i, c, mask, stride_gp, stride_gc)
         hat = (x - _of_channels(mean, BLOCK_P, BLOCK_G, BLOCK_E)) * _of_channels(rstd, BLOCK_P, BLOCK_G, BLOCK_E)
+        if ACTIVATION != "none":
+            gradient = through_activation(gradient, _affine(hat, weight_ptr, bias_ptr, c, real), ACTIVATION)
+            at_through = through_ptr + at * stride_p + (i[:, None] * stride_p + c[None, :] * stride_c)
+            tl.store(at_through, rounded(gradient, through_ptr.dtype.element_ty), mask=mask)
         along = tl.where(mask, gradient * hat, 0.0)
         g_weight += along
         g_bias += gradient
@@ -293,7 +305,7 @@ def pulled(
 
 @triton.jit
 def combined(
-    g_ptr,  # (N, C, *): of y
+    g_ptr,  # (N, C, *): of y in front of the activation; may be g_x
     x_ptr,  # (N, C, *)
     weight_ptr,  # (C,)
     given_ptr,  # (2, N, S I, G): a and b of `pulled`, summed over all dimensions of windows but S

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anybatch.kernels.activations import refused_activation
 from anybatch.kernels.layouts import Layout, layout_of
 from anybatch.kernels.local_windows import refused_windows
 from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
@@ -51,6 +52,7 @@ class _Options(NamedTuple):
     windows: tuple[int, ...]  # at most as large as the map
     each: int  # channels of a group
     eps: float
+    activation: str
 
 
 class _Tiles(NamedTuple):
@@ -139,10 +141,11 @@ def _along(plans: tuple[Plan, ...], fields: list[Tensor]) -> None:
         fields.reverse()
 
 
-def _tuned(kernel: Any, tiles: _Tiles, n: int, numbers: tuple[Any, ...], about: tuple[Any, ...]) -> Tuned:
+def _tuned(kernel: Any, tiles: _Tiles, n: int, numbers: tuple[Any, ...], about: tuple[Any, ...], **more: Any) -> Tuned:
     """A launch over tiles of ``n`` samples, with as many warps as are fastest."""
     grid = (n * tiles.parts * tiles.blocks,)
-    return Tuned(lambda way: Plan(kernel, grid, numbers, way.of_warps(tiles.warps)), (tiles.each, tiles.window, *about))
+    about = (tiles.each, tiles.window, *about)
+    return Tuned(lambda way: Plan(kernel, grid, numbers, way.of_warps(tiles.warps)), about, **more)
 
 
 def _taking_moments(options: _Options, shape: torch.Size, layout: Layout, dtype: torch.dtype | None) -> _Moments:
@@ -166,8 +169,9 @@ def _forward(
 ) -> _Forward:
     layout, of_y = layout_of(shape, strides), layout_of(shape, strides_of_y)
     tiles = _tiles(options, shape, layout)
-    numbers = (*_sizes(tiles, shape), *layout, *of_y, options.eps, *tiles.constants)
-    normalized = _tuned(_kernels().normalized, tiles, shape[0], numbers, (class_of(shape, layout, of_y), dtypes))
+    numbers = (*_sizes(tiles, shape), *layout, *of_y, options.eps, options.activation, *tiles.constants)
+    about = (class_of(shape, layout, of_y), options.activation, dtypes)
+    normalized = _tuned(_kernels().normalized, tiles, shape[0], numbers, about)
     return _Forward(_taking_moments(options, shape, layout, dtypes[0]), normalized)
 
 
@@ -194,15 +198,19 @@ def _backward(
     strides_of_g_x: tuple[int, ...],
     dtypes: Dtypes,
 ) -> _Backward:
-    kernels, layout, of_g = _kernels(), layout_of(shape, strides), layout_of(shape, strides_of_g)
+    kernels, layout = _kernels(), layout_of(shape, strides)
+    of_g, of_g_x = layout_of(shape, strides_of_g), layout_of(shape, strides_of_g_x)
     tiles, channels = _tiles(options, shape, layout, _TILE // 2), shape[1]  # of several tensors
     programs, values = shape[0] * tiles.parts, options.each * math.prod(options.windows)
-    numbers = (*_sizes(tiles, shape), values, *of_g, *layout, options.eps, *tiles.constants)
-    pulled = _tuned(kernels.pulled, tiles, shape[0], numbers, (class_of(shape, of_g, layout), dtypes))
+    numbers = (
+        *_sizes(tiles, shape), values, *of_g, *layout, *of_g_x, options.eps, options.activation, *tiles.constants,
+    )  # fmt: skip
+    about = (class_of(shape, of_g, layout, of_g_x), options.activation, dtypes)
+    pulled = _tuned(kernels.pulled, tiles, shape[0], numbers, about)
     adding_up = Plan(pieces().added_up, (-(-2 * channels // 16),), (programs, 2 * channels, 64, 16))
-    of_g_x = layout_of(shape, strides_of_g_x)
-    numbers = (*_sizes(tiles, shape), *of_g, *layout, *of_g_x, *tiles.constants)
-    combined = _tuned(kernels.combined, tiles, shape[0], numbers, (class_of(shape, of_g, layout, of_g_x), dtypes))
+    through = options.activation != "none"  # then g_x holds it
+    numbers = (*_sizes(tiles, shape), *(of_g_x if through else of_g), *layout, *of_g_x, *tiles.constants)
+    combined = _tuned(kernels.combined, tiles, shape[0], numbers, about, overwritten=(0,) if through else ())
     moments = _taking_moments(options, shape, layout, dtypes[0])
     return _Backward(moments, pulled, adding_up, programs, _boxed(options, shape, False), combined)
 
@@ -232,21 +240,22 @@ class _LocalContextNorm(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         options: _Options = ctx.options
         if taken_in_formulas(gradient):  # for second derivatives
-            reference = partial(local_context_norm.reference, eps=options.eps)
+            reference = partial(local_context_norm.reference, eps=options.eps, activation=options.activation)
             given = (x, options.windows, options.each, weight, bias)
             g_x, _, _, g_weight, g_bias = recomputed_gradients(reference, given, gradient)
             return None, g_x, g_weight, g_bias
         g_x = torch.empty_like(x)
         g = readable(gradient, g_x)
-        plans = _backward(options, x.shape, x.stride(), g.stride(), g_x.stride(), dtypes_of(x, g, weight))
+        plans = _backward(options, x.shape, x.stride(), g.stride(), g_x.stride(), dtypes_of(x, g, weight, bias))
         fields = _fields(x, options.each)
         rstd = torch.empty_like(fields[0][0])
         partial_sums = x.new_empty((plans.programs, 2, x.shape[1]), dtype=torch.float32)
         plans.moments(x, fields)
-        plans.pulled(g, x, weight, *fields, rstd, partial_sums)
+        through = g if options.activation == "none" else g_x
+        plans.pulled(g, x, weight, bias, *fields, rstd, through, partial_sums)
         fields.reverse()
         _along(plans.boxed, fields)
-        plans.combined(g, x, weight, fields[0], rstd, g_x)
+        plans.combined(through, x, weight, fields[0], rstd, g_x)
         if weight is None and bias is None:
             return None, g_x, None, None
         sums = torch.empty_like(partial_sums[0])
@@ -263,8 +272,11 @@ def _refusal(
     *,
     eps: float = 1e-5,
     released: bool = False,
+    activation: str = "none",
 ) -> str | None:
-    if reason := refused_device(x) or refused_windows(x, window, channels_per_group, released):
+    if reason := refused_device(x) or refused_activation(activation):
+        return reason
+    if reason := refused_windows(x, window, channels_per_group, released):
         return reason
     if channels_per_group > _MOST_CHANNELS:
         return f"a group has {channels_per_group} channels, more than {_MOST_CHANNELS}"
@@ -286,11 +298,13 @@ def triton_local_context_norm(
     *,
     eps: float = 1e-5,
     released: bool = False,
+    activation: str = "none",
 ) -> Tensor:
     windows = windows_within(window, x.shape[2:])
     if windows == tuple(x.shape[2:]):
-        return group_norm(x, x.shape[1] // channels_per_group, weight, bias, eps=eps)
-    return _LocalContextNorm.apply(_Options(windows, channels_per_group, eps), x, weight, bias)  # pyright: ignore[reportReturnType]
+        return group_norm(x, x.shape[1] // channels_per_group, weight, bias, eps=eps, activation=activation)
+    options = _Options(windows, channels_per_group, eps, activation)
+    return _LocalContextNorm.apply(options, x, weight, bias)  # pyright: ignore[reportReturnType]
 
 
 def _kernels() -> Any:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from anybatch.dispatch import op
-from anybatch.methods.common import ChannelNorm, check_has_channels, scaled_and_shifted, widened
+from anybatch.methods.common import (
+    ChannelNorm,
+    TakesActivation,
+    activated,
+    check_has_channels,
+    scaled_and_shifted,
+    widened,
+)
 from anybatch.methods.group_norm import group_norm
 from anybatch.scheme import Scheme, check_count, check_flag, check_number
 
@@ -28,13 +35,14 @@ def local_context_norm(
     *,
     eps: float = 1e-5,
     released: bool = False,
+    activation: str = "none",
 ) -> Tensor:
     """Normalize each value by the window around it, over a group of neighboring channels of its sample.
 
-    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, mean and biased variance over the window's positions and the
-    group's channels. Windows stay inside the map: near a border the nearest complete one is taken. Where ``window`` is
-    even, it holds one position more behind the center than before. In a dimension that is no larger than ``window`` it
-    holds the whole dimension; where this is so in all, the result is `group_norm`'s.
+    ``y = act((x - mean) / sqrt(var + eps) * weight + bias)``, mean and biased variance over the window's positions and
+    the group's channels. Windows stay inside the map: near a border the nearest complete one is taken. Where ``window``
+    is even, it holds one position more behind the center than before. In a dimension that is no larger than ``window``
+    it holds the whole dimension; where this is so in all, the result is `group_norm`'s.
 
     The cost does not depend on the window: sums over windows are differences of running sums. These are taken in
     float64 (float32 on devices that have none) of the group's mean at each position, less the mean of the whole map,
@@ -53,6 +61,7 @@ def local_context_norm(
             in, and odd windows begin one position later everywhere but at the far border. Else it takes the statistics
             of the whole map, with the unbiased variance. (Unlike it, we leave ``x`` as it is, and lose no digits where
             its mean is large.)
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward.
 
     Returns:
         (N, C, *), with the dtype of ``x``.
@@ -60,7 +69,7 @@ def local_context_norm(
     Raises:
         ValueError: If ``x`` has no channel dimension, ``channels_per_group`` does not divide C, ``window`` is not
             positive or has another number of dimensions than ``x``, or a window holds one value, which normalizing
-            would erase.
+            would erase; if there is no such activation.
 
     Source:
         Ortiz et al. 2019, "Local Context Normalization: Revisiting Local Normalization", arXiv:1912.05845,
@@ -81,7 +90,7 @@ def local_context_norm(
         )
     whole = windows == tuple(sizes)
     if whole and not released:
-        return group_norm(x, groups, weight, bias, eps=eps)
+        return group_norm(x, groups, weight, bias, eps=eps, activation=activation)
 
     x_ngc = widened(x.unflatten(1, (groups, channels_per_group)))
     # The result does not depend on a constant for each sample and group; running sums of the mean would lose digits.
@@ -99,7 +108,7 @@ def local_context_norm(
     mean_ngc = first.to(x_ngc.dtype).unsqueeze(2)
     rstd_ngc = torch.rsqrt(var_ng + eps).to(x_ngc.dtype).unsqueeze(2)
     y = ((x_ngc - mean_ngc) * rstd_ngc).flatten(1, 2)
-    return scaled_and_shifted(y, weight, bias).to(x.dtype)
+    return activated(scaled_and_shifted(y, weight, bias), activation).to(x.dtype)
 
 
 def windows_within(window: Window, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -147,7 +156,7 @@ def _box_means(fields: Tensor, windows: Sequence[int], *, late: bool) -> Tensor:
     return fields
 
 
-class _LocalContextNorm(ChannelNorm):
+class _LocalContextNorm(TakesActivation, ChannelNorm):
     """What the three sizes of `LocalContextNorm1d` share."""
 
     def __init__(
@@ -179,12 +188,13 @@ class _LocalContextNorm(ChannelNorm):
             self.bias,
             eps=self.eps,
             released=self.released,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_channels}, window={self.window}, channels_per_group={self.channels_per_group}, eps={self.eps}, "
-            f"affine={self.affine}, released={self.released}"
+            f"affine={self.affine}, released={self.released}{self.shown_activation()}"
         )
 
 

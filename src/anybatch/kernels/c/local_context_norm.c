@@ -1,4 +1,4 @@
-/* Local context normalization in float32; `methods/local_context_norm.py` is the definition.
+/* Local context normalization with a ReLU or without, in float32; `methods/local_context_norm.py` is the definition.
 
    Groups of channels lie side by side, and what is done for one is done for all of them at once. Of each position and
    group are made the mean, less a constant near it, and the variance; of these, sums over windows, which move on by
@@ -12,6 +12,7 @@
 typedef struct {
     int64_t each, height, width, kernel_h, kernel_w; /* channels of a group; sizes */
     float eps;
+    int64_t relu;
 } Norm;
 
 /* Rows and columns of complete windows. */
@@ -188,11 +189,15 @@ static void moments(const Norm *q, const Part *a, Room *r, int64_t i) {
 
 INLINE void normalize(int64_t channels, const float *restrict x, const float *restrict middle,
                       const float *restrict mean, const float *restrict rstd, const float *restrict weight,
-                      const float *restrict bias, float *restrict y) {
-    for (int64_t c = 0; c < channels; c++) y[c] = ((x[c] - middle[c]) - mean[c]) * rstd[c] * weight[c] + bias[c];
+                      const float *restrict bias, float floor, float *restrict y) {
+    for (int64_t c = 0; c < channels; c++) {
+        float made = ((x[c] - middle[c]) - mean[c]) * rstd[c] * weight[c] + bias[c];
+        y[c] = made < floor ? floor : made;
+    }
 }
 
 static void forward(const Norm *q, const Part *a, Room *r) {
+    float floor = q->relu ? 0 : -INFINITY;
     for (int64_t h = 0, last = -1; h < q->height; h++) {
         int64_t i = window_of(h, q->height, q->kernel_h);
         if (i != last) moments(q, a, r, i);
@@ -200,20 +205,22 @@ static void forward(const Norm *q, const Part *a, Room *r) {
         for (int64_t w = 0; w < q->width; w++) {
             int64_t p = h * q->width + w, j = window_of(w, q->width, q->kernel_w) * a->channels;
             fetch(a->x + p * a->x_step, a->x_step, a->channels);
-            normalize(a->channels, a->x + p * a->x_step, r->middle, r->mean + j, r->rstd + j, a->weight, a->bias,
+            normalize(a->channels, a->x + p * a->x_step, r->middle, r->mean + j, r->rstd + j, a->weight, a->bias, floor,
                       a->y + p * a->y_step);
         }
     }
 }
 
-/* Through the scaling, with the sums for weight and bias. */
+/* Through the ReLU and the scaling, with the sums for weight and bias. */
 INLINE void pull(int64_t channels, const float *restrict x, const float *restrict g, const float *restrict middle,
                  const float *restrict mean, const float *restrict rstd, const float *restrict weight,
-                 float *restrict of_weight, float *restrict of_bias, float *restrict scaled, float *restrict along,
-                 float *restrict gx) {
+                 const float *restrict bias, float *restrict of_weight, float *restrict of_bias,
+                 float *restrict scaled, float *restrict along, float *restrict gx, const int relu) {
     for (int64_t c = 0; c < channels; c++) {
-        float z = ((x[c] - middle[c]) - mean[c]) * rstd[c], v = g[c] * weight[c];
-        of_weight[c] += g[c] * z, of_bias[c] += g[c];
+        float z = ((x[c] - middle[c]) - mean[c]) * rstd[c], given = g[c];
+        given = relu && z * weight[c] + bias[c] <= 0 ? 0 : given;
+        float v = given * weight[c];
+        of_weight[c] += given * z, of_bias[c] += given;
         scaled[c] = v, along[c] = v * z;
         gx[c] = v * rstd[c];
     }
@@ -288,7 +295,10 @@ static void backward(const Norm *q, const Part *a, Room *r, float *found, int64_
             float *gx = a->y + p * a->y_step, *own = r->recent + channels;
             fetch(x, a->x_step, channels);
             fetch(g, a->g_step, channels);
-            pull(channels, x, g, r->middle, mean, rstd, a->weight, r->recent, own, r->scaled, r->along, gx);
+            if (q->relu)
+                pull(channels, x, g, r->middle, mean, rstd, a->weight, a->bias, r->recent, own, r->scaled, r->along, gx, 1);
+            else
+                pull(channels, x, g, r->middle, mean, rstd, a->weight, a->bias, r->recent, own, r->scaled, r->along, gx, 0);
             mean = r->mean_of + j * groups, rstd = r->rstd_of + j * groups;
             OF_EACH(of_window, q->each, groups, r->scaled, r->along, mean, rstd, share, r->start + at, r->slope + at);
             if (p % ROWS_SUMMED == 0) flush(r->recent, r->of_weight, 2 * channels);
@@ -347,15 +357,15 @@ INLINE int64_t block_of(const Map *m, const Norm *q) {
     return MIN(m->c, MAX(whole, fit / whole * whole));
 }
 
-static Norm norm_of(const int64_t *sizes, int64_t each, double eps) {
-    return (Norm){each, sizes[0], sizes[1], sizes[2], sizes[3], (float)eps};
+static Norm norm_of(const int64_t *sizes, int64_t each, double eps, int64_t relu) {
+    return (Norm){each, sizes[0], sizes[1], sizes[2], sizes[3], (float)eps, relu};
 }
 
 /* `sizes` is height, width, and the kernel's. */
 void local_context_norm(const int64_t *map, const int64_t *map_of_y, const int64_t *sizes, int64_t each, const float *x,
-                        const float *weight, const float *bias, double eps, float *y) {
+                        const float *weight, const float *bias, double eps, int64_t relu, float *y) {
     const Map *m = (const Map *)map, *of_y = (const Map *)map_of_y;
-    Norm q = norm_of(sizes, each, eps);
+    Norm q = norm_of(sizes, each, eps, relu);
     int64_t last = channels_last(m), block = block_of(m, &q), blocks = (m->c + block - 1) / block;
 #pragma omp parallel if (m->n * m->s * m->c > SMALL)
     {
@@ -380,9 +390,10 @@ void local_context_norm(const int64_t *map, const int64_t *map_of_y, const int64
 /* `sums` is (2, C): the gradients of the weight and of the bias. */
 void local_context_norm_backward(const int64_t *map, const int64_t *map_of_g, const int64_t *map_of_gx,
                                  const int64_t *sizes, int64_t each, const float *x, const float *g,
-                                 const float *weight, const float *bias, double eps, float *gx, float *sums) {
+                                 const float *weight, const float *bias, double eps, int64_t relu, float *gx,
+                                 float *sums) {
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
-    Norm q = norm_of(sizes, each, eps);
+    Norm q = norm_of(sizes, each, eps, relu);
     int64_t last = channels_last(m), block = block_of(m, &q), blocks = (m->c + block - 1) / block;
     float *found = room(2 * m->n * m->c);
 #pragma omp parallel if (m->n * m->s * m->c > SMALL)
