@@ -47,13 +47,13 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person would name it."""
+    """The device as a person would name it; a processor with the widest vectors that torch computes with."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"CPU, {line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"CPU, {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"CPU, {name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"

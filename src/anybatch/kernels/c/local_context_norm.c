@@ -84,7 +84,7 @@ static void leave(Room *r) {
    processors stop looking ahead by themselves. */
 #define AHEAD 3
 INLINE void fetch(const float *v, int64_t step, int64_t channels) {
-    for (int64_t c = 0; c < channels; c += LANES) __builtin_prefetch(v + AHEAD * step + c);
+    for (int64_t c = 0; c < channels; c += LINE) __builtin_prefetch(v + AHEAD * step + c);
 }
 
 /* `do` with the number of channels of a group, its last argument, known to the compiler where it is usual. */

@@ -59,30 +59,36 @@ INLINE int64_t chunk_of(const Map *m) { return MAX(SMALL / 2 / MAX(m->c, 1), 16)
         for (; r < to; r++) do(1, __VA_ARGS__);                                                                        \
     }
 
+#define LINE 16 /* floats of a cache line */
+
 /* Room for `count` floats that starts at a cache line. */
 INLINE float *room(int64_t count) {
     void *found = NULL;
-    if (posix_memalign(&found, 64, (size_t)MAX(count, 16) * sizeof(float))) abort();
+    if (posix_memalign(&found, LINE * sizeof(float), (size_t)MAX(count, LINE) * sizeof(float))) abort();
     return found;
 }
 
 INLINE double *double_room(int64_t count) { return (double *)room(2 * count); }
 
-/* Sixteen values, wherever they start. Sums are taken in four of them, since one addition waits for the one before. */
-typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+/* As many values as a register holds, wherever they start; wider ones compilers keep in memory. Sums are taken in four of
+   them, since one addition waits for the one before. */
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE float joined(Lanes a, Lanes b, Lanes c, Lanes d) {
-    typedef float Half __attribute__((vector_size(32)));
-    typedef float Quarter __attribute__((vector_size(16)));
+    typedef float Four __attribute__((vector_size(16)));
     Lanes all = (a + b) + (c + d);
-    Half half[2];
-    Quarter quarter[2];
-    memcpy(half, &all, sizeof all);
-    half[0] += half[1];
-    memcpy(quarter, half, sizeof half[0]);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
+    Four four[LANES / 4];
+    memcpy(four, &all, sizeof all);
+    for (int step = LANES / 8; step; step /= 2)
+        for (int i = 0; i < step; i++) four[i] += four[i + step];
+    return (four[0][0] + four[0][1]) + (four[0][2] + four[0][3]);
 }
 
 INLINE float sum_of(const float *v, int64_t size) {

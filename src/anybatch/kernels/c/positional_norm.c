@@ -114,7 +114,7 @@ void positional_norm_backward(const int64_t *map, const int64_t *map_of_g, const
                               const float *g, const float *weight, const float *bias, const float *mean,
                               int64_t divisor, int64_t relu, float *gx, float *sums) {
     const Map *m = (const Map *)map, *of_g = (const Map *)map_of_g, *of_gx = (const Map *)map_of_gx;
-    int64_t c = m->c, s = m->s, wide = (c + LANES - 1) / LANES * LANES;
+    int64_t c = m->c, s = m->s, wide = (c + LINE - 1) / LINE * LINE;
     const float *rstd = mean + m->n * s;
     int threads = m->n * s * c > SMALL ? omp_get_max_threads() : 1;
     float *recent = memset(room(threads * 2 * wide), 0, threads * 2 * wide * sizeof(float));
