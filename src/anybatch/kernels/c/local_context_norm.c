@@ -39,6 +39,7 @@ typedef struct {
 /* What a thread works in. Of windows: (columns, groups) or, spread over channels, (columns, channels). */
 typedef struct {
     double *column, *column_too; /* (W, groups): sums over the rows of a row of windows */
+    float *counted, *counted_too; /* (kernel_h, W, groups): mean and variance of each group of the positions in those */
     double *sum, *sum_too;       /* (groups,) */
     double *of_weight;           /* (2, channels) */
     float *recent;               /* (2, channels) */
@@ -52,9 +53,9 @@ typedef struct {
 } Room;
 
 static Room room_for(const Norm *q, int64_t channels, int64_t fields, int64_t copied) {
-    int64_t groups = channels / q->each, columns = columns_of(q);
+    int64_t groups = channels / q->each, columns = columns_of(q), counted = q->kernel_h * q->width * groups;
     double *d = double_room(2 * (q->width + 1) * groups + 2 * channels);
-    float *f = room(5 * channels + 2 * columns * (channels + groups) + 2 * fields * groups + 3 * copied);
+    float *f = room(5 * channels + 2 * columns * (channels + groups) + 2 * fields * groups + 3 * copied + 2 * counted);
     Room r = {.memory = {d, f}};
     r.column = d, d += q->width * groups;
     r.column_too = d, d += q->width * groups;
@@ -69,6 +70,8 @@ static Room room_for(const Norm *q, int64_t channels, int64_t fields, int64_t co
     r.rstd_of = f, f += columns * groups;
     r.scaled = f, f += channels;
     r.along = f, f += channels;
+    r.counted = f, f += counted;
+    r.counted_too = f, f += counted;
     r.start = f, f += fields * groups;
     r.slope = f, f += fields * groups;
     for (int i = 0; i < 3; i++) r.values[i] = f, f += copied;
@@ -111,9 +114,9 @@ static void find_middle(const Norm *q, const Part *a, float *middle) {
     }
 }
 
-/* Adds to sums each group's mean and mean square, of one position, or with `sign` -1 takes them away. */
-INLINE void count_in(int64_t groups, const float *restrict x, const float *restrict middle, double *restrict one,
-                     double *restrict two, const double sign, const int64_t each) {
+/* Mean and variance of each group of one position, and its mean and mean square added to sums. */
+INLINE void count_in(int64_t groups, const float *restrict x, const float *restrict middle, float *restrict means,
+                     float *restrict vars, double *restrict one, double *restrict two, const int64_t each) {
     for (int64_t i = 0; i < groups; i++) {
         float mean = 0, var = 0;
         for (int64_t c = 0; c < each; c++) mean += x[i * each + c] - middle[i * each + c];
@@ -122,20 +125,32 @@ INLINE void count_in(int64_t groups, const float *restrict x, const float *restr
             float off = (x[i * each + c] - middle[i * each + c]) - mean;
             var += off * off;
         }
+        means[i] = mean, vars[i] = var /= (float)each;
         double m = mean;
-        one[i] += sign * m;
-        two[i] += sign * ((double)(var / (float)each) + m * m);
+        one[i] += m, two[i] += (double)var + m * m;
     }
 }
 
-/* A row of positions comes into the sums of columns, or with `sign` -1 goes out. */
-static void count_row(const Norm *q, const Part *a, Room *r, int64_t row, double sign) {
-    int64_t groups = a->groups;
+/* A row of positions comes into the sums of columns. */
+static void count_row_in(const Norm *q, const Part *a, Room *r, int64_t row) {
+    int64_t groups = a->groups, held = row % q->kernel_h * q->width * groups;
     for (int64_t w = 0; w < q->width; w++) {
         const float *x = a->x + (row * q->width + w) * a->x_step;
+        float *means = r->counted + held + w * groups, *vars = r->counted_too + held + w * groups;
         double *one = r->column + w * groups, *two = r->column_too + w * groups;
         fetch(x, a->x_step, a->channels);
-        OF_EACH(count_in, q->each, groups, x, r->middle, one, two, sign);
+        OF_EACH(count_in, q->each, groups, x, r->middle, means, vars, one, two);
+    }
+}
+
+/* A row goes out of them again. */
+static void count_row_out(const Norm *q, const Part *a, Room *r, int64_t row) {
+    int64_t values = q->width * a->groups, held = row % q->kernel_h * values;
+    const float *restrict means = r->counted + held, *restrict vars = r->counted_too + held;
+    double *restrict one = r->column, *restrict two = r->column_too;
+    for (int64_t i = 0; i < values; i++) {
+        double m = means[i];
+        one[i] -= m, two[i] -= (double)vars[i] + m * m;
     }
 }
 
@@ -168,10 +183,10 @@ static void moments(const Norm *q, const Part *a, Room *r, int64_t i) {
         find_middle(q, a, r->middle);
         memset(r->column, 0, q->width * groups * sizeof(double));
         memset(r->column_too, 0, q->width * groups * sizeof(double));
-        for (int64_t h = 0; h < kh - 1; h++) count_row(q, a, r, h, 1);
+        for (int64_t h = 0; h < kh - 1; h++) count_row_in(q, a, r, h);
     } else
-        count_row(q, a, r, i - 1, -1);
-    count_row(q, a, r, i + kh - 1, 1);
+        count_row_out(q, a, r, i - 1);
+    count_row_in(q, a, r, i + kh - 1);
     double share = 1.0 / ((double)kh * kw);
     memset(r->sum, 0, groups * sizeof(double));
     memset(r->sum_too, 0, groups * sizeof(double));
