@@ -122,10 +122,21 @@ INLINE float squares_around(const float *v, float mean, int64_t size) {
 }
 
 /* By how much the mean of values is off `mean`, which rounding left so, and the squares around the right one. */
-INLINE void around(const float *restrict x, float mean, int64_t size, double *off, double *squares) {
-    float first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-    for (int64_t i = 0; i < size; i++) {
+INLINE void around(const float *x, float mean, int64_t size, double *off, double *squares) {
+    Lanes one[4] = {{0}}, two[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES) {
+        const Lanes *at = (const Lanes *)(x + i);
+        Lanes p = at[0] - mean, q = at[1] - mean, r = at[2] - mean, s = at[3] - mean;
+        one[0] += p, one[1] += q, one[2] += r, one[3] += s;
+        two[0] += p * p, two[1] += q * q, two[2] += r * r, two[3] += s * s;
+    }
+    for (; i + LANES <= size; i += LANES) {
+        Lanes p = *(const Lanes *)(x + i) - mean;
+        one[0] += p, two[0] += p * p;
+    }
+    float first = joined(one[0], one[1], one[2], one[3]), second = joined(two[0], two[1], two[2], two[3]);
+    for (; i < size; i++) {
         float d = x[i] - mean;
         first += d, second += d * d;
     }
