@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch._inductor.config
 
 from anybatch import layers
 from contract.cases import HALVES, LAYERS, last_format
@@ -191,6 +193,26 @@ def test_gradients_in_double_precision(case: LayerCase) -> None:
 def test_compiles_to_one_graph(case: LayerCase) -> None:
     layer, x = case.make(), case.input()
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_what_the_compiler_makes_of_it_gives_the_same(case: LayerCase) -> None:
+    """By torch's own compiler, forward and backward, with the random numbers of eager code."""
+    layer, x = case.make(), case.input(batch=5).requires_grad_()
+    asked = [x, *layer.parameters()]
+
+    def passed(call: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        y = call(x)
+        found = torch.autograd.grad(y, asked, torch.linspace(-1, 1, y.numel()).view_as(y), materialize_grads=True)
+        return [y.detach(), *found]
+
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = passed(torch.compile(layer, fullgraph=True))
+    for got, expected in zip(compiled, passed(layer), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)

@@ -8,18 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from anybatch.dispatch import explain
-from anybatch.functional import group_norm, local_context_norm, positional_norm
+from anybatch.dispatch import Op, explain
+from anybatch.functional import group_norm, kn_conv, local_context_norm, positional_norm
+from anybatch.kernels.kn_stages import Normalized, Pulled
+from anybatch.kernels.native_kn_conv import NativeStages
+from anybatch.methods.windows import windows
 from helpers import assert_error_within, error
 
 CHANNELS = 64
 POSITIONS = (1 << 12, (1 << 13) + 8)
-CALLS: dict[str, tuple[Callable[..., Tensor], tuple[object, ...]]] = {
-    "group_norm": (group_norm, (CHANNELS,)),
-    "positional_norm": (positional_norm, ()),
-    "local_context_norm": (local_context_norm, (3, 2)),
+# A convolution to two channels, 1 x 1, which fits into memory beside the map.
+WEIGHT = torch.randn(2, CHANNELS, 1, 1, generator=torch.Generator().manual_seed(1))
+CALLS: dict[str, tuple[Op, Callable[[torch.dtype], tuple[object, ...]]]] = {
+    "group_norm": (group_norm, lambda _: (CHANNELS,)),
+    "positional_norm": (positional_norm, lambda _: ()),
+    "local_context_norm": (local_context_norm, lambda _: (3, 2)),
+    "kn_conv": (kn_conv, lambda dtype: (WEIGHT.to(dtype),)),
 }
 
 
@@ -38,7 +43,8 @@ def test_the_last_values_are_those_of_a_map_of_their_own(name: str) -> None:
     gc.collect()
     if _free_bytes() < 20 << 30:
         pytest.skip("less than 20 GiB of memory are free")
-    op, args = CALLS[name]
+    op, others = CALLS[name]
+    args = others(torch.float32)
     period = 64
     some = torch.randn(1, CHANNELS, period, POSITIONS[1], generator=torch.Generator().manual_seed(0)) + 3
     x = some.repeat(1, 1, POSITIONS[0] // period, 1)
@@ -48,11 +54,36 @@ def test_the_last_values_are_those_of_a_map_of_their_own(name: str) -> None:
         y = op(x, *args)
         del x
         twice = some.repeat(1, 1, 2, 1)
-        expected = op.reference(twice.double(), *args)
+        expected = op.reference(twice.double(), *others(torch.float64))
         rounding = 4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
         allowed = 2 * error(op.reference(twice, *args), expected) + rounding
         first = period - 3  # whose windows, and those of the rows behind it, lie within both maps
         for start in (first, POSITIONS[0] - 2 * period - 3):
-            for channel in (0, CHANNELS - 1):
+            for channel in (0, y.shape[1] - 1):
                 got, exact = y[:, channel, start : start + period], expected[:, channel, first : first + period]
                 assert_error_within(got, exact, allowed, f"rows from {start} of channel {channel}")
+
+
+@pytest.mark.slow
+def test_gradients_through_the_moments_of_a_convolution_reach_the_last_values() -> None:
+    """The stage alone: a whole backward holds one map more than this machine's memory may."""
+    gc.collect()
+    if _free_bytes() < 20 << 30:
+        pytest.skip("less than 20 GiB of memory are free")
+    at, stages = windows(2, 1, 1, 0, 1, "zeros"), NativeStages()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, CHANNELS, 1, POSITIONS[1], generator=generator).repeat(1, 1, POSITIONS[0], 1)
+    assert x.numel() > 1 << 31
+    mean, g_var, g_own = torch.randn(3, 1, 1, *POSITIONS, generator=generator)
+
+    def through(rows: slice) -> torch.Tensor:
+        of = [t[..., rows, :] for t in (x, mean, g_var, g_own)]
+        values, middle, var, own = of if rows == slice(None) else [t.contiguous() for t in of]
+        back = Pulled(values, values, var, own, torch.empty(0), None)
+        done = Normalized(values, middle, middle, None, None)
+        return stages.through_moments(torch.zeros_like(values), values, done, back, at, 0.0, None)
+
+    whole = through(slice(None))
+    for first in (0, POSITIONS[0] - 2):
+        rows = slice(first, first + 2)
+        torch.testing.assert_close(whole[..., rows, :], through(rows), rtol=1e-6, atol=1e-6)

@@ -14,6 +14,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from anybatch.bench.targets import TARGETS
 from anybatch.report.figures import COLORS, STYLE
 
+LEAST = 0.02
+"""Where the axis begins at the least: work that is all but nothing would make all other bars short."""
 NAMES = {"contiguous": "NCHW", "channels_last": "NHWC"}
 
 
@@ -40,7 +42,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not groups:
         return None
     with mpl.rc_context(STYLE):
-        drawn = Figure(figsize=(8.2, max(2.2, 0.6 + 0.2 * (len(groups) + len({key[:2] for key in groups})))))
+        drawn = Figure(figsize=(9.2, max(2.2, 0.6 + 0.2 * (len(groups) + len({key[:2] for key in groups})))))
         drawn.set_layout_engine("constrained")
         ax: Any = drawn.subplots()
         place, heading, places, labels, ends = 0.0, ("", ""), [], [], [1.0]
@@ -69,7 +71,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             place += 1
         ax.set_yticks(places, labels, fontsize=8)
         ax.set_ylim(place, -0.2)
-        low, high = math.log10(min(ends)) - 0.05, math.log10(max(ends)) + 0.05
+        low, high = math.log10(max(min(ends), LEAST)) - 0.05, math.log10(max(ends)) + 0.05
         ax.set_xlim(low, high)
         steps = (1, 2, 5) if high - low < 2.5 else (1,)
         ticks = [m * 10.0**e for e in range(-6, 4) for m in steps if low <= math.log10(m * 10.0**e) <= high]
@@ -81,5 +83,6 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         drawn.suptitle(
             "time / BatchNorm's, or another baseline's as docs/speed.md tells", x=0.01, ha="left", fontsize=11
         )
-        ax.set_xlabel("ratio; a stroke is what must hold, a dotted one what is aimed at")
+        cut = f"\nbars that reach {LEAST:g} go on, as their numbers tell" if min(ends) < LEAST else ""
+        ax.set_xlabel(f"ratio; a stroke is what must hold, a dotted one what is aimed at{cut}")
     return drawn

@@ -164,8 +164,8 @@ def dropout_threshold(p: float) -> int:
 
 def dropout_keys(seed: Tensor, samples: int) -> Tensor:
     """(N,), int64: for each sample the number of SplitMix64 from a seed, both halves of which are keys."""
-    # The place times a constant, of which 64 bits are kept. Taken as one product it ends compiled code: C++ lets no int64
-    # overflow, and compilers conclude that a loop that multiplies its counter so never comes to its end.
+    # The place times a constant, of which 64 bits are kept. One product of both would end compiled code: C++ lets no
+    # int64 overflow, and compilers conclude that a loop which multiplies its counter so never comes to its end.
     place = torch.arange(1, samples + 1, device=seed.device)
     low = place * (_GOLDEN & _HALF)
     high = place * (_GOLDEN >> 32) + (low >> 32)
