@@ -199,7 +199,10 @@ def test_a_large_mean_costs_no_more_than_its_rounding(offset: float) -> None:
     x = (torch.randn(2, 64, 12, 12, dtype=torch.float64) + offset).float()
     exact = kn_conv(x.double(), weight.double())
     got = kn_conv(x, weight)
-    assert (got.double() - exact).abs().sum() / exact.abs().sum() < 4e-7 * (1 + offset)
+    # Filters are convolved as they are: roundings of partial sums, of which the k-th is as large as offset sqrt(k), and
+    # where the processor's convolution adds term by term they are as many as terms.
+    rounding = torch.finfo(torch.float32).eps / 2 * (weight[0].numel() / 2) ** 0.5
+    assert (got.double() - exact).abs().sum() / exact.abs().sum() < rounding * (1 + offset)
     if offset:  # what this bound refuses: variances as differences of squares
         mean, square = (F.avg_pool2d(t.mean(1, keepdim=True), 3, 1) for t in (x, x.square()))
         var = (square - mean.square()).clamp_min(0)
