@@ -14,7 +14,7 @@ from anybatch.dispatch import Kernel, backend, explain
 from anybatch.functional import kn_conv
 from contract.cases import HALVES, MIXED_OPS, OPS, last_format
 from contract.kinds import OpCase
-from helpers import assert_error_within, empty_is_nan, error, saved_tensors
+from helpers import assert_error_within, empty_is_nan, error, fenced_saved_tensors, saved_tensors
 
 FIRST_OF_EACH_OP = list({case.op: case for case in reversed(OPS)}.values())
 CHANNELS_LAST = [case for case in [*OPS, *MIXED_OPS] if case.layout == "channels_last"]
@@ -88,6 +88,22 @@ def test_kernel_errs_at_most_twice_as_much_with_float32_weights(
     case: OpCase, kernel: Kernel, dtype: torch.dtype
 ) -> None:
     assert_errs_at_most_twice_as_much(case, kernel, dtype)
+
+
+ONE_MEAN = [call[:2] for call in CALLS if call[2] == torch.float32 and "mean" not in str(call[0])]
+
+
+@pytest.mark.parametrize(("case", "kernel"), ONE_MEAN, ids=named)
+def test_backward_reads_what_autograd_keeps_alone(case: OpCase, kernel: Kernel) -> None:
+    args = case.arguments(torch.float32)
+    if reason := kernel.refusal(*asking(args), **case.options):
+        pytest.skip(f"refused: {reason}")
+    with backend(kernel.backend):
+        plain = forward_and_gradients(case, args, case.op, torch.float32)
+        with fenced_saved_tensors():
+            copied = forward_and_gradients(case, args, case.op, torch.float32)
+    for what, value in plain.items():
+        torch.testing.assert_close(copied[what], value, rtol=0, atol=0, equal_nan=True, msg=what)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=named)

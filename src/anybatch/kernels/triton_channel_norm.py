@@ -66,7 +66,7 @@ class _ChannelNorm(torch.autograd.Function):
             plans = forward(*about)
             numbers = _numbers(plans, x, parameters)
             plans.applied(x, y, numbers, floor)
-            kept = numbers.unbind() if math.prod(x.shape[2:]) > _FEW else ()
+            kept = (numbers,) if math.prod(x.shape[2:]) > _FEW else ()
         ctx.save_for_backward(x, *given, *kept)
         return y
 
@@ -92,7 +92,6 @@ class _ChannelNorm(torch.autograd.Function):
                 whole.adding_up(own, sums)
         else:
             plans = backward(*about)
-            # Of the numbers that were kept the first row, behind which the others lie.
             numbers = kept[0] if kept else _numbers(forward(*ctx.about), x, parameters)
             partial = torch.empty((n, plans.chunks, 2 if floor is None else 3, channels), **wide)
             slopes, sums = torch.empty((2, n, channels), **wide), torch.empty((rows, channels), **wide)

@@ -122,12 +122,12 @@ class _PositionalNorm(torch.autograd.Function):
         plan = _normalizing(options, x.shape, x.stride(), y.stride(), dtypes_of(x, weight, bias))
         plan(x, y, weight, bias, moments)
         ctx.options = options
-        ctx.save_for_backward(x, weight, bias, *moments)
+        ctx.save_for_backward(x, weight, bias, moments)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, moments, _ = ctx.saved_tensors  # the first moment, behind which the other lies
+        x, weight, bias, moments = ctx.saved_tensors
         options: _Options = ctx.options
         if taken_in_formulas(gradient):  # for second derivatives
             reference = partial(positional_norm.reference, **options._asdict())
