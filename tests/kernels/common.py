@@ -14,6 +14,7 @@ from torch import Tensor
 from anybatch.dispatch import Op, backend
 from anybatch.kernels import triton_common
 from anybatch.kernels.triton_common import INTERPRETED
+from anybatch.methods.batch_channel_norm import estimated_batch_channel_norm
 from helpers import assert_error_within, empty_is_nan, error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,3 +110,34 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         patch.setattr(triton_common.Plan, "__call__", counted)
         yield names
+
+
+def assert_estimates_take_batches_in(
+    which: str, rate: float | None, warm_start: bool, format: torch.memory_format
+) -> None:
+    """A backend against float64: Batch-Channel Norm by estimates over several batches, with both derivatives."""
+    generator = torch.Generator().manual_seed(2)
+    options = {"rate": rate, "warm_start": warm_start, "activation": "relu"}
+    device = DEVICE if which == "triton" else "cpu"
+    own = [torch.zeros(6, device=device), torch.ones(6, device=device), torch.tensor(0, device=device)]
+    exact = [own[0].double(), own[1].double(), own[2].clone()]
+    scales = [torch.randn(size, generator=generator).to(device) for size in (6, 6, 2, 2)]
+    for batch in range(4):
+        x = torch.randn(3, 6, 5, 7, generator=generator).contiguous(memory_format=format) * 2 + 100 * batch
+        x = x.to(device)
+        found = []
+        for estimates, dtype, how in ((own, torch.float32, which), (exact, torch.float64, "reference")):
+            versions = [t._version for t in estimates]
+            asked = [t.to(dtype).requires_grad_() for t in (x, *scales)]
+            with backend(how):
+                y = estimated_batch_channel_norm(asked[0], 2, *estimates, *asked[1:], **options)
+            # As autograd must see.
+            assert all(t._version > before for t, before in zip(estimates, versions, strict=True))
+            (second,) = torch.autograd.grad(y.sin().sum(), asked[0], create_graph=True)
+            found.append([y, *torch.autograd.grad(y.square().sum(), asked, retain_graph=True)])
+            found[-1].append(torch.autograd.grad(second.square().sum(), asked[0])[0])
+        for got, right in zip(*found, strict=True):
+            assert_error_within(got, right, 1e-4 * right.abs().max().item())  # |mean| / std is up to 150
+        for got, right in zip(own[:2], exact[:2], strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=1e-6)
+    assert own[2] == exact[2] == 4

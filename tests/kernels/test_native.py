@@ -28,9 +28,10 @@ from anybatch.functional import (
 )
 from anybatch.kernels import native_common
 from anybatch.layers import BatchChannelNorm2d
-from anybatch.methods.batch_channel_norm import EstimatedStatistics, estimated_batch_channel_norm
+from anybatch.methods.batch_channel_norm import EstimatedStatistics
 from anybatch.methods.batch_norm import channel_moments
 from helpers import assert_error_within, error
+from kernels.common import assert_estimates_take_batches_in
 
 SHAPES = {"small": (3, 6, 5, 7), "one_position": (2, 8, 1, 1), "many_positions": (2, 4, 70, 90), "wide": (1, 600, 3, 3)}
 
@@ -428,30 +429,7 @@ def test_half_precision_is_float32_rounded(
 def test_estimates_take_batches_in_as_formulas_do(
     rate: float | None, warm_start: bool, format: torch.memory_format
 ) -> None:
-    generator = torch.Generator().manual_seed(2)
-    options = {"rate": rate, "warm_start": warm_start, "activation": "relu"}
-    own = [torch.zeros(6), torch.ones(6), torch.tensor(0)]
-    exact = [torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64), torch.tensor(0)]
-    scales = [torch.randn(size, generator=generator) for size in (6, 6, 2, 2)]
-    for batch in range(4):
-        x = torch.randn(3, 6, 5, 7, generator=generator).contiguous(memory_format=format) * 2 + 100 * batch
-        found = []
-        for estimates, dtype, which in ((own, torch.float32, "native"), (exact, torch.float64, "reference")):
-            versions = [t._version for t in estimates]
-            asked = [t.to(dtype).requires_grad_() for t in (x, *scales)]
-            with backend(which):
-                y = estimated_batch_channel_norm(asked[0], 2, *estimates, *asked[1:], **options)
-            assert all(
-                t._version > before for t, before in zip(estimates, versions, strict=True)
-            )  # as autograd must see
-            (second,) = torch.autograd.grad(y.sin().sum(), asked[0], create_graph=True)
-            found.append([y, *torch.autograd.grad(y.square().sum(), asked, retain_graph=True)])
-            found[-1].append(torch.autograd.grad(second.square().sum(), asked[0])[0])
-        for got, right in zip(*found, strict=True):
-            assert_error_within(got, right, 1e-4 * right.abs().max().item())  # |mean| / std is up to 150
-        for got, right in zip(own[:2], exact[:2], strict=True):
-            torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=1e-6)
-    assert own[2] == exact[2] == 4
+    assert_estimates_take_batches_in("native", rate, warm_start, format)
 
 
 @pytest.mark.parametrize("watched", ["hook", "class", "everywhere"])

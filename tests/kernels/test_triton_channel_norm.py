@@ -12,6 +12,7 @@ from torch import Tensor
 from anybatch.dispatch import backend, explain
 from anybatch.functional import batch_channel_norm, filter_response_norm, group_norm
 from anybatch.kernels import layouts, triton_channel_plans
+from anybatch.methods.batch_channel_norm import estimated_batch_channel_norm
 from anybatch.methods.batch_norm import channel_moments
 from helpers import assert_error_within, error, saved_tensors
 from kernels.common import (
@@ -19,6 +20,7 @@ from kernels.common import (
     VIEWS,
     Called,
     assert_errs_little,
+    assert_estimates_take_batches_in,
     gradient,
     images,
     in_format,
@@ -244,6 +246,44 @@ def test_moments_of_channels_over_a_batch(shape: str, mean: float, last: bool) -
     for some, truth, plain in zip(got, exact, naive, strict=True):
         assert_error_within(some, truth, 2 * error(plain, truth) + roundoff(x, truth))
     assert "gradient" in explain(channel_moments, x.requires_grad_())["triton"]
+
+
+@pytest.mark.parametrize("rate", [None, 0.25])
+@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_estimates_take_batches_in_as_formulas_do(
+    rate: float | None, warm_start: bool, format: torch.memory_format
+) -> None:
+    assert_estimates_take_batches_in("triton", rate, warm_start, format)
+
+
+def test_estimates_of_many_small_chunks_and_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images((3, 20, 40, 41), torch.bfloat16, last=True, mean=10.0)
+    found = []
+    with launched(monkeypatch) as names:
+        for which, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+            estimates = [torch.zeros(20, dtype=dtype), torch.ones(20, dtype=dtype), torch.tensor(0)]
+            estimates = [t.to(DEVICE) for t in estimates]
+            with backend(which):
+                for _ in range(2):
+                    estimated_batch_channel_norm(x.to(dtype) if which == "reference" else x, 4, *estimates, rate=1)
+            found.append(estimates)
+    assert names.count("let_in") == 2
+    for got, right in zip(*found, strict=True):
+        torch.testing.assert_close(got.to(right.dtype), right, rtol=1e-6, atol=0)
+
+
+def test_estimates_that_no_kernel_takes() -> None:
+    x, (mean, var) = images((2, 4, 3, 3), torch.float32), (torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE))
+    batches = torch.tensor(0, device=DEVICE)
+
+    def told(*estimates: Tensor) -> str:
+        return explain(estimated_batch_channel_norm, x, 2, *estimates)["triton"]
+
+    assert told(mean, var, batches) == "runs"
+    assert "not float32" in told(mean.half(), var.half(), batches)
+    assert "not int64" in told(mean, var, batches.int())
+    assert "one number a channel" in told(mean[:2], var[:2], batches)
 
 
 def test_what_it_refuses_says_why() -> None:

@@ -26,6 +26,8 @@ from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
 from anybatch.methods.kn_conv import check_centered, check_residual, convolve, filter_windows, kn_conv
 from anybatch.methods.windows import Padding, Sizes, Windows
 
+convolution_backward = torch.ops.aten.convolution_backward
+
 STAGES: dict[str, type[Stages]] = {"fused": Stages}
 """By backend, what its kernel strings together."""
 
@@ -141,7 +143,7 @@ def pulled_back(
     back = stages.pulled(gradient, done, filters.total, bias, residual, at, relu)
     geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), groups)
     wanted = (*needs, False)
-    g_x, g_convolved, _ = torch.ops.aten.convolution_backward(back.z, x, filters.convolved, None, *geometry, wanted)
+    g_x, g_convolved, _ = convolution_backward(back.z, x, filters.convolved, None, *geometry, wanted)
     g_weight = None if g_convolved is None else stages.through_filters(g_convolved, back.total, weight.dtype)
     if g_x is not None:
         g_x = stages.through_moments(g_x, x, done, back, at, p, seed)

@@ -107,6 +107,33 @@ def added(partial_ptr, n, c, real, channels, chunks, row, rows, BLOCK_K: tl.cons
 
 
 @triton.jit
+def _over_samples(partial_ptr, c, real, positions, channels, chunk, chunks, rows, values, BLOCK_R: tl.constexpr,
+                  BLOCK_C: tl.constexpr):  # fmt: skip
+    """Mean of channels over all samples, and the sum of squares around it."""
+    lane = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(0, rows, BLOCK_R):
+        row = first + lane
+        mask = (row < rows)[:, None] & real[None, :]
+        count = tl.minimum(positions - row % chunks * chunk, chunk).to(tl.float32)[:, None]
+        at = partial_ptr + row.to(tl.int64)[:, None] * 2 * channels + c[None, :]
+        total += count * tl.load(at, mask=mask, other=0.0)
+    mean = tl.sum(total, axis=0) / values
+    rest = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # what rounding a large sum left
+    squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(0, rows, BLOCK_R):
+        row = first + lane
+        mask = (row < rows)[:, None] & real[None, :]
+        count = tl.minimum(positions - row % chunks * chunk, chunk).to(tl.float32)[:, None]
+        at = partial_ptr + row.to(tl.int64)[:, None] * 2 * channels + c[None, :]
+        apart = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean[None, :], 0.0)
+        rest += count * apart
+        squares += tl.load(at + channels, mask=mask, other=0.0) + count * apart * apart
+    off = tl.sum(rest, axis=0) / values
+    return mean + off, tl.maximum(tl.sum(squares, axis=0) - values * off * off, 0.0)
+
+
+@triton.jit
 def joined_samples(
     partial_ptr,  # (N, K, 2, C): of `moments`
     moments_ptr,  # (2, C): mean and sum of squares around it, of all samples
@@ -120,29 +147,52 @@ def joined_samples(
     BLOCK_C: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    lane = tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for first in range(0, rows, BLOCK_R):
-        row = first + lane
-        mask = (row < rows)[:, None] & (c < channels)[None, :]
-        count = tl.minimum(positions - row % chunks * chunk, chunk).to(tl.float32)[:, None]
-        at = partial_ptr + row.to(tl.int64)[:, None] * 2 * channels + c[None, :]
-        total += count * tl.load(at, mask=mask, other=0.0)
-    mean = tl.sum(total, axis=0) / values
-    rest = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # what rounding a large sum left
-    squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for first in range(0, rows, BLOCK_R):
-        row = first + lane
-        mask = (row < rows)[:, None] & (c < channels)[None, :]
-        count = tl.minimum(positions - row % chunks * chunk, chunk).to(tl.float32)[:, None]
-        at = partial_ptr + row.to(tl.int64)[:, None] * 2 * channels + c[None, :]
-        apart = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean[None, :], 0.0)
-        rest += count * apart
-        squares += tl.load(at + channels, mask=mask, other=0.0) + count * apart * apart
-    off = tl.sum(rest, axis=0) / values
-    tl.store(moments_ptr + c, mean + off, mask=c < channels)
-    squares_c = tl.maximum(tl.sum(squares, axis=0) - values * off * off, 0.0)
-    tl.store(moments_ptr + channels + c, squares_c, mask=c < channels)
+    real = c < channels
+    mean, squares = _over_samples(
+        partial_ptr, c, real, positions, channels, chunk, chunks, rows, values, BLOCK_R, BLOCK_C
+    )
+    tl.store(moments_ptr + c, mean, mask=real)
+    tl.store(moments_ptr + channels + c, squares, mask=real)
+
+
+@triton.jit
+def let_in(
+    partial_ptr,  # (N, K, 2, C): of `moments`
+    running_mean_ptr,  # (C,), as the next: estimates, which are brought up to date
+    running_var_ptr,
+    batches_ptr,  # (): how many were let in before
+    mean_ptr,  # (C,), as the next: copies of the estimates behind it
+    var_ptr,
+    positions,
+    channels,  # C
+    chunk,
+    chunks,  # K
+    rows,  # N K
+    values,  # in a channel
+    rate,
+    WARM: tl.constexpr,  # whether the first batches weigh more
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = c < channels
+    now_mean, squares = _over_samples(
+        partial_ptr, c, real, positions, channels, chunk, chunks, rows, values, BLOCK_R, BLOCK_C
+    )
+    before = tl.load(running_mean_ptr + c, mask=real, other=0.0)
+    around = tl.load(running_var_ptr + c, mask=real, other=0.0)
+    drift = now_mean - before
+    spread, weight = drift, tl.cast(rate, tl.float32)
+    if WARM:
+        batches = tl.load(batches_ptr)
+        weight = tl.maximum(1.0 / (batches.to(tl.float32) + 1.0 + 1.0 / values), weight)
+        spread = tl.where(batches == 0, 0.0, drift)  # the mean of before is no estimate then
+    mean = before + weight * drift
+    var = around + weight * (squares / values + spread * spread - around)
+    tl.store(running_mean_ptr + c, mean, mask=real)
+    tl.store(running_var_ptr + c, var, mask=real)
+    tl.store(mean_ptr + c, mean, mask=real)
+    tl.store(var_ptr + c, var, mask=real)
 
 
 @triton.jit

@@ -1,13 +1,18 @@
-"""Moments of channels over a batch as two launches of Triton kernels, on CUDA, for estimated and shared statistics."""
+"""Moments of channels over a batch as two launches of Triton kernels, on CUDA, for estimated and shared statistics.
+
+Batch-Channel Norm by estimates lets its batch in with these two, and one for the number of batches.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from anybatch.kernels.triton_channel_plans import batch_moments
+from anybatch.kernels.triton_channel_norm import refused_batch_channel_norm, triton_batch_channel_norm
+from anybatch.kernels.triton_channel_plans import BatchMoments, batch_moments, letting_in
 from anybatch.kernels.triton_common import on_its_device, refused_activations, refused_device
-from anybatch.methods.batch_norm import channel_moments
+from anybatch.methods.batch_channel_norm import estimated_batch_channel_norm, image_rate
+from anybatch.methods.batch_norm import channel_moments, sharing
 
 
 def _refusal(x: Tensor) -> str | None:
@@ -22,9 +27,59 @@ def _refusal(x: Tensor) -> str | None:
 @on_its_device
 def triton_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     plans = batch_moments(x.shape, x.stride(), x.dtype)
-    partial = x.new_empty((len(x), plans.chunks, 2, x.shape[1]), dtype=torch.float32)
     found = x.new_empty((2, x.shape[1]), dtype=torch.float32)
-    plans.moments(x, partial)
-    plans.joined(partial, found)
+    plans.joined(_partial(x, plans), found)
     mean, squares = found.unbind()
     return mean, squares
+
+
+def _partial(x: Tensor, plans: BatchMoments) -> Tensor:
+    """Moments of channels over the chunks of each sample."""
+    partial = x.new_empty((x.shape[0], plans.chunks, 2, x.shape[1]), dtype=torch.float32)
+    plans.moments(x, partial)
+    return partial
+
+
+def _estimated_refusal(
+    x: Tensor,
+    groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    *scales: Tensor | None,
+    rate: float | None = None,
+    warm_start: bool = True,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> str | None:
+    estimates, options = (running_mean, running_var), {"eps": eps, "activation": activation}
+    if reason := refused_batch_channel_norm(x, groups, *estimates, *scales, **options):
+        return reason
+    if sharing():
+        return "processes share their statistics"
+    if batches.dtype != torch.int64 or not running_mean.dtype == running_var.dtype == torch.float32:
+        return "estimates are not float32, or their number is not int64"
+    return None if batches.device == x.device else f"the number of batches is on {batches.device.type}"
+
+
+@estimated_batch_channel_norm.kernel("triton", refusal=_estimated_refusal, first=True)
+@on_its_device
+def triton_estimated_batch_channel_norm(
+    x: Tensor,
+    groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    *scales: Tensor | None,
+    rate: float | None = None,
+    warm_start: bool = True,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    weight = image_rate(x.shape[0]) if rate is None else float(rate)
+    plans = letting_in(x.shape, x.stride(), x.dtype, weight, warm_start)
+    mean, var = torch.empty_like(running_mean), torch.empty_like(running_var)
+    plans.joined(_partial(x, plans), running_mean, running_var, batches, mean, var)
+    batches.add_(1)
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    return triton_batch_channel_norm(x, groups, mean, var, *scales, eps=eps, activation=activation)

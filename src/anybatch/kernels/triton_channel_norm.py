@@ -99,15 +99,17 @@ class _ChannelNorm(torch.autograd.Function):
             others = parameters[2:5] if norm.groups else (floor, parameters[2])
             plans.coefficients(partial, numbers, parameters[0], *others, slopes, own)
             plans.combined(g, x, numbers, floor, slopes, own, g_x, sums)
-        found = [None if p is None else _fitted(s, p) for s, p in zip(sums, given, strict=False)]
-        return None, None, None, g_x, *found, *[None] * (len(given) - len(found))
+        wanted = zip(given, ctx.needs_input_grad[4:], strict=True)
+        found = [_fitted(sums[i], p) if asked else None for i, (p, asked) in enumerate(wanted)]
+        return None, None, None, g_x, *found
 
 
 def _fitted(sums_c: Tensor, parameter: Tensor) -> Tensor:
     """The sums of channels as the gradient of a parameter, of which they have one value each, or share all."""
-    count = parameter.numel()
-    sums_c = sums_c.sum() if count == 1 else sums_c[:count]
-    return sums_c.reshape(parameter.shape).to(parameter.dtype)
+    if sums_c.shape != parameter.shape:
+        count = parameter.numel()
+        sums_c = (sums_c.sum() if count == 1 else sums_c[:count]).reshape(parameter.shape)
+    return sums_c if sums_c.dtype == parameter.dtype else sums_c.to(parameter.dtype)
 
 
 def _refused(x: Tensor, *parameters: Tensor | None) -> str | None:
@@ -157,7 +159,7 @@ def triton_group_norm(
     return _ChannelNorm.apply(norm, reference, 1, x, weight, bias, None, None, None, None, None)
 
 
-def _batch_refusal(
+def refused_batch_channel_norm(
     x: Tensor,
     groups: int,
     mean: Tensor,
@@ -181,7 +183,7 @@ def _batch_refusal(
     return None
 
 
-@batch_channel_norm.kernel("triton", refusal=_batch_refusal, first=True)
+@batch_channel_norm.kernel("triton", refusal=refused_batch_channel_norm, first=True)
 @on_its_device
 def triton_batch_channel_norm(
     x: Tensor,
@@ -200,7 +202,7 @@ def triton_batch_channel_norm(
         return batch_channel_norm.reference(x, groups, *batch[:-1], weight, bias, eps=eps, activation=activation)
 
     scale = bias if weight is None else weight
-    shared = 1 if scale is None else x.shape[1] // len(scale)
+    shared = 1 if scale is None else x.shape[1] // scale.shape[0]
     batch = (mean, var, batch_weight, batch_bias)
     return _ChannelNorm.apply(Norm(groups, eps, activation), reference, shared, x, weight, bias, *batch, None)
 

@@ -169,11 +169,25 @@ class BatchMoments(NamedTuple):
 @planned
 def batch_moments(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> BatchMoments:
     """Of each channel over all samples."""
+    return _over_samples(_kernels().joined_samples, (), shape, strides, dtype)
+
+
+@planned
+def letting_in(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rate: float, warm_start: bool
+) -> BatchMoments:
+    """The same, joined to estimates."""
+    return _over_samples(_kernels().let_in, (rate, warm_start), shape, strides, dtype)
+
+
+def _over_samples(
+    kernel: Any, options: tuple[Any, ...], shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
+) -> BatchMoments:
     layout, (n, channels) = layout_of(shape, strides), shape[:2]
     tiles = _tiles(shape, layout)
     joined = (tiles.positions, channels, tiles.chunk, tiles.chunks)
-    numbers = (*joined, n * tiles.chunks, float(n * tiles.positions), 64, 16)
-    joining = Plan(_kernels().joined_samples, (-(-channels // 16),), numbers)
+    numbers = (*joined, n * tiles.chunks, float(n * tiles.positions), *options, 64, 16)
+    joining = Plan(kernel, (-(-channels // 16),), numbers)
     return BatchMoments(_moments(tiles, shape, layout, dtype), joining, tiles.chunks)
 
 

@@ -51,21 +51,28 @@ class Plan:
     def __init__(self, kernel: Any, grid: Sequence[int], numbers: Sequence[Any], warps: int = 4) -> None:
         self.kernel, self.numbers, self.warps = kernel, tuple(numbers), warps
         self.grid = (*grid, 1, 1)[:3]
-        self._ready: dict[int, Callable[..., Any]] = {}
+        self.ready: dict[int, Callable[..., Any]] = {}
+        """By device, what launches."""
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        if not INTERPRETED:
-            device = torch.cuda.current_device()
-            pointers = [None if t is None else t.data_ptr() for t in tensors]
-            aligned = not any(pointer & 15 for pointer in pointers if pointer)
-            if aligned and (run := self._ready.get(device)) is not None:
-                run(*pointers, *self.numbers)
-                return
-            compiled = self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps)
-            if aligned:  # others take other code
-                self._ready[device] = compiled[self.grid]
+        if INTERPRETED:
+            self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps)
+        else:
+            self.launch(*tensors)
+
+    def launch(self, *tensors: Tensor | None) -> None:
+        device, pointers, bits = torch.cuda.current_device(), [], 0
+        for t in tensors:
+            pointer = None if t is None else t.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer or 0
+        aligned = not bits & 15
+        if aligned and (run := self.ready.get(device)) is not None:
+            run(*pointers, *self.numbers)
             return
-        self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps)
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps)
+        if aligned:  # others take other code
+            self.ready[device] = compiled[self.grid]
 
 
 def power_of_two(n: int) -> int:
@@ -95,9 +102,14 @@ def readable(g: Tensor, like: Tensor) -> Tensor:
 
 def refused_layout(x: Tensor) -> str | None:
     """Why kernels cannot find the values of (N, C, *), or None."""
-    if steps(x.shape, x.stride()) is None or not apart(x.shape, x.stride()):
+    return _refused_layout(x.shape, x.stride())
+
+
+@functools.lru_cache(4096)
+def _refused_layout(shape: torch.Size, strides: tuple[int, ...]) -> str | None:
+    if steps(shape, strides) is None or not apart(shape, strides):
         return "x is neither contiguous nor channels last"
-    span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    span = sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
     return f"a sample of x spans {span} values, 2^31 or more" if span >= 2**31 else None
 
 

@@ -6,6 +6,7 @@ never by the batch; only the number of rows whose parameter gradients one progra
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -46,13 +47,15 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, 
         return "x is float64, which its statistics are not taken in"
     if not 3 <= x.dim() <= 5 or x.dim() != weight.dim() or x.numel() == 0:
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions with values"
-    if reason := refused_layout(x):
-        return reason
-    if len(weight) * x[0, 0].numel() >= 2**30:  # with room for what padding adds
-        return f"a sample of the result may have {len(weight) * x[0, 0].numel()} values, 2^30 or more"
-    if weight[0, 0].numel() > _MOST_TAPS:
-        return f"a window has {weight[0, 0].numel()} positions, more than {_MOST_TAPS}"
-    return None
+    return refused_layout(x) or _refused_size(x.shape, weight.shape)
+
+
+@functools.lru_cache(4096)
+def _refused_size(shape: torch.Size, weight: torch.Size) -> str | None:
+    values, taps = weight[0] * math.prod(shape[2:]), math.prod(weight[2:])
+    if values >= 2**30:  # with room for what padding adds
+        return f"a sample of the result may have {values} values, 2^30 or more"
+    return f"a window has {taps} positions, more than {_MOST_TAPS}" if taps > _MOST_TAPS else None
 
 
 class _Blocks(NamedTuple):
@@ -84,7 +87,8 @@ def _pixels(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, p: 
 
 
 @planned
-def _centering(filters: int, size: int, _: Dtypes) -> Plan:
+def _centering(shape: torch.Size, _: Dtypes) -> Plan:
+    filters, size = shape[0], math.prod(shape[1:])
     return Plan(_kernels().center_filters, (filters,), (size, min(power_of_two(size), 2048)))
 
 
@@ -154,7 +158,8 @@ def _pulling(
 
 
 @planned
-def _through_filters(filters: int, size: int, drops: bool, _: Dtypes) -> Plan:
+def _through_filters(shape: torch.Size, drops: bool, _: Dtypes) -> Plan:
+    filters, size = shape[0], math.prod(shape[1:])
     return Plan(_kernels().through_filters, (filters,), (size, drops, min(power_of_two(size), 2048)))
 
 
@@ -196,8 +201,9 @@ class TritonStages(Stages):
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
         weight = filters_as_rows(weight)
         centered = torch.empty_like(weight, dtype=dtype)
-        total, rest = weight.new_empty((2, len(weight)), dtype=torch.float32).unbind()
-        _centering(len(weight), weight[0].numel(), (weight.dtype, dtype))(weight, centered, total, rest)
+        total = weight.new_empty(weight.shape[0], dtype=torch.float32)
+        rest = torch.empty_like(total)
+        _centering(weight.shape, (weight.dtype, dtype))(weight, centered, total, rest)
         return Filters(centered, total, rest if rounds(dtype) else None)
 
     def normalized(
@@ -241,25 +247,24 @@ class TritonStages(Stages):
         h = torch.empty_like(y)
         masked = torch.empty_like(y) if relu and residual is not None else None
         found = _fields(2 if drops else 1, y)
-        g_var, g_own = found if drops else (*found, None)
+        g_var, g_own = found if drops else (found[0], None)
         plan, adding_up, programs = _pulling(
             y.shape, y.stride(), drops, done.own is not None, taken is not None, relu, masked is not None,
             dtypes_of(y, bias),
         )  # fmt: skip
         partial = y.new_empty((programs, 1 + drops, y.shape[1]), dtype=torch.float32)
-        sums = torch.empty_like(partial[0])
+        sums = partial.new_empty(partial.shape[1:])
         plan(
             gradient, y, done.own, taken, bias, total, done.scale, done.apart, h, masked, g_var, g_own, partial,
         )  # fmt: skip
         adding_up(partial, sums)
-        g_bias, g_total = sums if drops else (sums[0], None)
+        g_bias, g_total = sums.unbind() if drops else (sums[0], None)
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
     def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         g = filters_as_rows(g_convolved)
         g_weight = torch.empty_like(g, dtype=dtype)
-        plan = _through_filters(len(g), g[0].numel(), g_total is not None, (g.dtype, dtype))
-        plan(g, g_weight, g_total)
+        _through_filters(g.shape, g_total is not None, (g.dtype, dtype))(g, g_weight, g_total)
         return g_weight
 
     def through_moments(
@@ -274,7 +279,8 @@ class TritonStages(Stages):
 
 def _fields(count: int, like: Tensor) -> tuple[Tensor, ...]:
     """So many maps of one channel for (N, C, *), (N, 1, *) each."""
-    return like.new_empty((count, like.shape[0], 1, *like.shape[2:]), dtype=torch.float32).unbind()
+    first = like.new_empty((like.shape[0], 1, *like.shape[2:]), dtype=torch.float32)
+    return first, *[torch.empty_like(first) for _ in range(count - 1)]
 
 
 def _kernels() -> Any:

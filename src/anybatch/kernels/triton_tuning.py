@@ -99,6 +99,7 @@ FIXED: dict[str, str] = {
     "triton_channel_kernels.response_numbers": "a few numbers of each channel",
     "triton_channel_kernels.response_coefficients": "a few numbers of each channel",
     "triton_channel_kernels.joined_samples": "a few numbers of each channel",
+    "triton_channel_kernels.let_in": "a few numbers of each channel, and changes the estimates that it reads",
     "triton_local_context_kernels.boxed": "maps of two numbers a group, whose sums wait for one another",
     "triton_pieces.added_up": "partial sums, few beside what the launch before it reads",
     "triton_kn_kernels.center_filters": "one layer's filters, few beside its activations",

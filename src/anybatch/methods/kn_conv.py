@@ -269,8 +269,9 @@ class _KNConv(TakesActivation, nn.modules.conv._ConvNd):
             )
         # Autocast would round inside of the convolution; statistics must be of the values that it convolves.
         # The meta device knows no autocast.
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
         y = kn_conv(
             x,
             self.weight,
