@@ -206,3 +206,24 @@ def test_what_it_refuses_says_why() -> None:
     assert "no layers" in explain(standardize_together, [])["triton"]
     if DEVICE == "cuda":
         assert "several devices" in explain(standardize_together, [made("odd"), made("odd").cpu()])["triton"]
+
+
+def test_weights_may_move_between_forward_and_backward() -> None:
+    some = [made(name) for name in ("odd", "rows at 16 bytes", "scaled")]
+    at_rest = passed("triton", some, together=True)
+    with backend("triton"):
+        filters = standardize_together(some)
+    others = []
+    for p in learned(some):  # as sharding frees and gathers them
+        values, storage = p.detach().clone(), p.untyped_storage()
+        size, address = storage.nbytes(), p.data_ptr()
+        storage.resize_(0)
+        while not others or others[-1].data_ptr() == address:
+            others.append(torch.full_like(values, torch.nan))
+        storage.resize_(size)
+        p.data.copy_(values)
+    generator = torch.Generator().manual_seed(2)
+    gradients = [torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w) for w in filters]
+    found = torch.autograd.grad(filters, learned(some), gradients)
+    for got, right in zip(found, at_rest[len(filters) :], strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=0)

@@ -173,7 +173,7 @@ class _Batch:
     """All filters that are standardized at once, and where each one's result begins among those of its dtype."""
 
     def __init__(self, layers: Sequence[StandardizedFilter], weights: Sequence[Tensor], gains: Sequence[Tensor | None]):
-        self.layers, self.device = layers, weights[0].device
+        self.layers, self.device, self.addresses = layers, weights[0].device, _addresses(weights, gains)
         self.members: dict[_Kind, list[_Member]] = {}
         self.sizes: dict[torch.dtype, int] = {}
         self.filters = 0
@@ -187,6 +187,10 @@ class _Batch:
             self.members.setdefault(kind, []).append(_Member(i, len(w), entry, behind, rule.eps))
             self.sizes[w.dtype] = start + -(-w.numel() // 16) * 16
             self.filters += len(w)
+
+    def of(self, weights: Sequence[Tensor], gains: Sequence[Tensor | None]) -> _Batch:
+        """The same filters where they lie now: whoever shards parameters moves them between forward and backward."""
+        return self if _addresses(weights, gains) == self.addresses else _Batch(self.layers, weights, gains)
 
     def like(self, weights: Sequence[Tensor]) -> tuple[dict[torch.dtype, Tensor], list[Tensor]]:
         """Memory for one tensor for each weight, by dtype, and these tensors."""
@@ -216,6 +220,10 @@ class _Batch:
             plan(owners(self.device, counts), places, stats, memory[kind.weight], g_gain)
 
 
+def _addresses(weights: Sequence[Tensor], gains: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in (*weights, *gains)]
+
+
 class _Together(torch.autograd.Function):
     """Of weights, and behind them as many gains or None."""
 
@@ -235,9 +243,9 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         *given, stats = ctx.saved_tensors
-        batch: _Batch = ctx.batch
         count = len(gradients)
         weights, gains = given[:count], given[count:]
+        batch: _Batch = ctx.batch.of(weights, gains)
         if taken_in_formulas(*gradients):  # gradients that are differentiated again
             found = [
                 [None, None] if g is None else recomputed_gradients(layer.standardize, (w, gain), g)
