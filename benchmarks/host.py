@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50, help="rounds, each of which times every layer once")
     parser.add_argument("--float32", action="store_true", help="in place of bfloat16 under autocast")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats must be 1 or more, got {args.repeats}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = torch.float32 if args.float32 else torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -399,3 +400,17 @@ def test_a_settled_process_fetches_no_memory_again() -> None:
     told = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True).stdout
     before, after = map(int, told.split())
     assert after < 100 < before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_the_time_of_python_is_told_without_a_gpu() -> None:
+    done = script("host.py", "--repeats", 2)
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
+    assert names == ["bn", "kn(p=0)", "kn", "gn", "bcn", "pn", "frn", "lcn"]
+    ratios = [float(line.split()[-1]) for line in done.stdout.splitlines()[1:]]
+    assert ratios[0] == 1
+    assert min(ratios) > 0
+    wrong = script("host.py", "--repeats", 0)
+    assert wrong.returncode == 2
+    assert "--repeats must be 1 or more, got 0" in wrong.stderr
