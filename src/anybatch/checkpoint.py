@@ -61,6 +61,8 @@ def load_model(path: str | Path) -> tuple[Network, ModelFacts]:
     folder = Path(path)
     if folder.name == MODEL:
         folder = folder.parent
+    if not Path(path).exists():
+        raise ValueError(f"{path} is not there; give the folder that `anybatch train` wrote")
     for name in (MODEL, FACTS):
         if not (folder / name).is_file():
             raise ValueError(

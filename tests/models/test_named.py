@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import anybatch
@@ -196,7 +197,7 @@ def test_a_name_comes_before_a_folder_of_that_name(run: Path, monkeypatch: pytes
         ("run", {"weights": "w.pt"}, "weights='w.pt' goes with a network that is built"),
         ("w.pt", {}, "w.pt is a file, not a network; weights go beside a network's name"),
         ("net.onnx", {}, "net.onnx is an exported network"),
-        ("./gone", {}, "no checkpoint in gone: model.safetensors is missing"),
+        ("./gone", {}, "gone is not there"),
         (".", {}, "no checkpoint in ."),
     ],
 )
@@ -217,3 +218,15 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=re.escape("timm:resnet18 needs timm: pip install 'anybatch[timm]'")):
         model_named("timm:resnet18")
+
+
+def test_weights_of_another_number_of_classes_are_told_with_what_would_do(tmp_path: Path) -> None:
+    own = torchvision.models.resnet18(num_classes=3).state_dict()
+    torch.save(own, tmp_path / "three.pth")
+    with pytest.raises(ValueError, match=r"three.pth holds .*; for 3 classes give num_classes=3 \(--num-classes\)"):
+        model_named("torchvision:resnet18", weights=tmp_path / "three.pth")
+    assert model_named("torchvision:resnet18", weights=tmp_path / "three.pth", num_classes=3).trained
+    torch.save({**own, "conv1.weight": torch.zeros(3, 3, 7, 7)}, tmp_path / "narrow.pth")
+    with pytest.raises(ValueError, match=r"conv1.weight \(3, 3, 7, 7\) for \(64, 3, 7, 7\)") as told:
+        model_named("torchvision:resnet18", weights=tmp_path / "narrow.pth", num_classes=3)
+    assert "num_classes" not in str(told.value)

@@ -103,7 +103,8 @@ def _interrupt(*_: object) -> NoReturn:
 def told_in_one_line(error: Exception) -> int:
     """Print an error in one line; 2 for a user's mistake, 1 for a fault of ours."""
     usage = getattr(error, "format_message", None)  # typer's own errors have it
-    text = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    text = " ".join((usage() if usage else said).split()) or type(error).__name__
     ours = usage is None and not isinstance(error, UserError | ValueError | OSError)
     if ours:
         text = f"{type(error).__name__}: {text} (this looks like a fault of anybatch; --debug shows where)"

@@ -32,6 +32,7 @@ from anybatch.cli.common import (
     print_json,
     recipe_from,
 )
+from anybatch.files import check_writable
 from anybatch.suggest import listed_in
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def compare(
         for item in sets or []:
             if (path := item.partition("=")[0].strip()) in axes:
                 raise UserError(f"a study varies {path}; give {axes[path]} in place of --set {path}")
+        if not listed_in(schemes):
+            raise UserError(f"--schemes takes schemes separated by commas, such as bn,gn,ws+gn; got {schemes!r}")
         plan = study.Study.make(
             base=base,
             schemes=_canonical(listed_in(schemes)),
@@ -130,6 +133,7 @@ def compare(
             tune=tune,
         )
     folder = out or Path("runs") / f"compare-{plan.base.data.name}"
+    check_writable(folder / study.ROWS)
     study.check(plan)
     jobs = jobs or study.default_jobs(plan)
     display = live.Display(err, plan, folder)
@@ -239,6 +243,7 @@ def train(
         own_scheme=True,
     )
     folder = out or Path("runs") / f"{plan.model.name}-{plan.model.scheme}-{plan.data.name}"
+    check_writable(folder / "rows.jsonl")
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of several processes are silent
     try:
         row = live.train(plan, folder, err if first else Console(quiet=True), tensorboard=tensorboard)

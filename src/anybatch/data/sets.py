@@ -160,7 +160,8 @@ def imagefolder(config: Data, progress: Progress | None = None) -> Raw:
     raw = _folders(_root(config), config.size or FOLDER_SIZE)
     if raw.val is None and config.val_fraction is None:
         raise ValueError(
-            f"{config.root} has no val or test folder; set data.val_fraction (such as 0.2) to set training images aside"
+            f"{config.root} has no val or test folder; data.val_fraction (--val-fraction), such as 0.2, sets training "
+            f"images aside"
         )
     return raw
 

@@ -338,18 +338,19 @@ def _told(what: str, path: Path) -> Iterator[None]:
 def _filled(found: Named, weights: str | Path) -> Named:
     """With another library's weights: all of its state dict, and nothing else."""
     read, own = read_weights(weights), found.model.state_dict()
-    shapes = [
-        f"{key} {tuple(read[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in read and read[key].shape != own[key].shape
-    ]
+    differing = {key: (read[key].shape, own[key].shape) for key in own if key in read}
+    differing = {key: (theirs, ours) for key, (theirs, ours) in differing.items() if theirs != ours}
     faults = {
         "missing": [key for key in own if key not in read and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in read if key not in own],
-        "of another shape": shapes,
+        "of another shape": [f"{key} {tuple(theirs)} for {tuple(ours)}" for key, (theirs, ours) in differing.items()],
     }
     told = "; ".join(f"{what}: {listed(keys)}" for what, keys in faults.items() if keys)
     if told:
-        raise ValueError(f"{weights} holds another network's weights than {found.name}; {told}")
+        rows = {theirs[:1] if theirs[1:] == ours[1:] else () for theirs, ours in differing.values()}
+        last = differing.keys() <= {*list(own)[-2:]} and not (faults["missing"] or faults["unexpected"])
+        classes = rows.pop() if last and len(rows) == 1 else ()  # of the classifier, where it alone differs
+        hint = f"; for {classes[0]} classes give num_classes={classes[0]} (--num-classes)" if classes else ""
+        raise ValueError(f"{weights} holds another network's weights than {found.name}; {told}{hint}")
     found.model.load_state_dict(read, strict=False)
     return replace(found, trained=True)
