@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anybatch import layers
 from anybatch.functional import kernel_norm, positional_norm
-from anybatch.methods.kernel_norm import dropout_mask, unit_moments
+from anybatch.methods.kernel_norm import dropout_keys, dropout_mask, unit_moments
 from anybatch.methods.windows import windows
 from helpers import error
 
@@ -227,9 +227,21 @@ def test_masks_are_hashes_of_places_keyed_by_splitmix() -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_code_makes_the_same_masks() -> None:
-    """It ended with a segmentation fault where an int64 overflowed that a loop's counter was multiplied into."""
-    x, seed = torch.empty(5, 7, 3, 4), torch.tensor(12345)
-    assert torch.equal(torch.compile(dropout_mask)(x, 0.3, seed), dropout_mask(x, 0.3, seed))
+    """It ended with a segmentation fault where an int64 overflowed that a loop's counter was multiplied into.
+
+    Where loops over samples are vectors, as with one hash a sample, keys were wrong from the third sample on.
+    """
+    for shape in ((5, 7, 3, 4), (17, 1, 1, 1)):
+        x, seed = torch.empty(shape), torch.tensor(12345)
+        assert torch.equal(torch.compile(dropout_mask)(x, 0.3, seed), dropout_mask(x, 0.3, seed))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("samples", [3, 17, 64])
+def test_compiled_code_makes_the_same_keys(samples: int) -> None:
+    compiled = torch.compile(dropout_keys)
+    for seed in (torch.tensor(3), torch.tensor(-(2**63)), torch.tensor(2**63 - 1)):
+        assert torch.equal(compiled(seed, samples), dropout_keys(seed, samples))
 
 
 def test_masks_lie_in_memory_as_their_input_does() -> None:

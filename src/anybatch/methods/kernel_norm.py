@@ -152,7 +152,8 @@ def kernel_norm(
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 """The constants of SplitMix64, the last two as int64."""
-_HALF = 2**32 - 1
+_LOW, _MIDDLE, _HIGH = _GOLDEN % 2**24, _GOLDEN >> 24 & 2**24 - 1, _GOLDEN >> 48
+"""The first in pieces of 24, 24 and 16 bits."""
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Of `dropout_mask`, as int32."""
 
@@ -165,11 +166,13 @@ def dropout_threshold(p: float) -> int:
 def dropout_keys(seed: Tensor, samples: int) -> Tensor:
     """(N,), int64: for each sample the number of SplitMix64 from a seed, both halves of which are keys."""
     # The place times a constant, of which 64 bits are kept. One product of both would end compiled code: C++ lets no
-    # int64 overflow, and compilers conclude that a loop which multiplies its counter so never comes to its end.
+    # int64 overflow, and compilers conclude that a loop which multiplies its counter so never comes to its end. Nor may
+    # a factor have more than 28 bits, since torch's vectors multiply it by their lanes in int32.
     place = torch.arange(1, samples + 1, device=seed.device)
-    low = place * (_GOLDEN & _HALF)
-    high = place * (_GOLDEN >> 32) + (low >> 32)
-    z = ((high << 32) | (low & _HALF)) + seed
+    middle = place * _MIDDLE
+    low = place * _LOW + ((middle & (2**24 - 1)) << 24)
+    high = place * _HIGH + (middle >> 24) + (low >> 48)
+    z = ((high << 48) | (low & (2**48 - 1))) + seed
     # Shifts of int64 keep the sign: what they shift in is masked away.
     z = (z ^ ((z >> 30) & (2**34 - 1))) * _FIRST
     z = (z ^ ((z >> 27) & (2**37 - 1))) * _SECOND
