@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import pickle
 from collections.abc import Callable
 
@@ -221,6 +222,17 @@ def test_exports(case: LayerCase) -> None:
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(program.module()(x), layer(x))
     torch.testing.assert_close(program.module()(x[:2]), layer(x[:2]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_torchscript_traces_it(case: LayerCase) -> None:
+    layer, x = case.make().eval(), case.input(batch=3)
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(layer, x), file)
+        file.seek(0)
+        torch.testing.assert_close(torch.jit.load(file)(x[:2]), layer(x[:2]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)

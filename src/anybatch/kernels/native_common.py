@@ -152,11 +152,15 @@ def function(name: str, signature: str) -> Callable[..., None]:
     """A compiled kernel; its arguments, a letter each: p, tensor, array or None; i, whole number; d, number."""
     found = getattr(_found()[0], name)
     found.argtypes, found.restype = [_KINDS[kind] for kind in signature], None
-    expected = len(signature)
+    expected, pointers = len(signature), [i for i, kind in enumerate(signature) if kind == "p"]
 
     def call(*given: Any) -> None:  # which holds the tensors until it returns
         assert len(given) == expected, name  # ctypes lets more pass
-        found(*[one.data_ptr() if isinstance(one, Tensor) else one for one in given])
+        words = list(given)
+        for i in pointers:
+            if isinstance(words[i], Tensor):
+                words[i] = words[i].data_ptr()
+        found(*words)
 
     return call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, ClassVar
 
@@ -142,7 +143,11 @@ def filter_windows(
     dims = weight.dim() - 2
     if not 1 <= dims <= 3:
         raise ValueError(f"weight must have 1 to 3 dimensions of positions, got shape {tuple(weight.shape)}")
-    at = windows(dims, tuple(weight.shape[2:]), stride, padding, dilation, padding_mode)
+    sizes = tuple(weight.shape[2:])
+    if torch.jit.is_tracing():  # which gives tensors, and warns of what makes them numbers
+        with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):
+            sizes = tuple(int(n) for n in sizes)
+    at = windows(dims, sizes, stride, padding, dilation, padding_mode)
     _check_groups(groups, norm_groups)
     check_units(x, at, norm_groups, p, seed)
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
