@@ -224,3 +224,12 @@ def test_parts() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             anybatch.scheme(spec)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_in_half_precision_where_windows_cover_the_map() -> None:
+    layer, x = LocalContextNorm2d(8), torch.randn(2, 8, 6, 7).bfloat16().requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    found = [torch.autograd.grad(call(x).float().square().sum(), x)[0] for call in (compiled, layer)]
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)

@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch.layers import BatchChannelNorm2d, GroupNorm, PositionalNorm, Recomputed
+from anybatch.layers import (
+    BatchChannelNorm2d,
+    GroupNorm,
+    LocalContextNorm2d,
+    LocalContextNorm3d,
+    PositionalNorm,
+    Recomputed,
+)
 from anybatch.measure import saved_bytes
-from anybatch.methods.common import Taken
+from anybatch.methods.common import Taken, TakesActivation
 
 
 def unit(norm: nn.Module) -> list[nn.Module]:
@@ -132,3 +139,30 @@ def test_evaluation_and_names_are_a_sequences() -> None:
 def test_torchs_batchnorm_is_refused() -> None:
     with pytest.raises(ValueError, match="BatchNorm2d would let each batch into its running averages twice"):
         Recomputed(*unit(nn.BatchNorm2d(8)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "dtype"),
+    [
+        (LocalContextNorm2d(8, 5), (2, 8, 16, 16), torch.float32),
+        (LocalContextNorm2d(8, 5), (2, 8, 16, 16), torch.float64),
+        (LocalContextNorm2d(8, 5, released=True), (2, 8, 16, 16), torch.float32),
+        (LocalContextNorm2d(8, 16), (2, 8, 16, 16), torch.float32),
+        (LocalContextNorm3d(8, 3), (2, 8, 6, 6, 6), torch.float32),
+    ],
+    ids=["in C", "double", "released", "whole map", "3d"],
+)
+def test_the_input_alone_is_kept_where_formulas_run_too(
+    norm: TakesActivation, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    assert isinstance(norm, nn.Module)
+    norm, x = copy.deepcopy(norm).to(dtype), torch.randn(shape, dtype=dtype, requires_grad=True)
+    assert norm.take_activation(nn.ReLU())
+    conv = (nn.Conv2d if len(shape) == 4 else nn.Conv3d)(8, 8, 1, dtype=dtype)
+    ours, plain = Recomputed(norm, conv), nn.Sequential(norm, conv)
+    size = x.numel() * x.element_size()
+    assert saved_bytes(ours, lambda: ours(x)) < 1.3 * size
+    g = torch.randn_like(ours(x))
+    found = [torch.autograd.grad(net(x), [x, *net.parameters()], g) for net in (ours, plain)]
+    for got, right in zip(*found, strict=True):
+        torch.testing.assert_close(got, right)

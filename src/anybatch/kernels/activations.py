@@ -55,7 +55,7 @@ def refused_tracing() -> str | None:
     """Why a kernel with a backward of its own gives way to formulas, or None."""
     if torch.compiler.is_compiling():
         return "torch.compile chooses what it keeps"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records operations of torch"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation take derivatives of formulas"

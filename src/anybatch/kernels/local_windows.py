@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -22,3 +23,13 @@ def refused_windows(x: Tensor, window: Window, channels_per_group: int, released
     except ValueError as error:
         return str(error)
     return "a window holds one value" if channels_per_group * math.prod(windows) == 1 else None
+
+
+def refused_whole(
+    x: Tensor, window: Window, channels_per_group: int = 2, *_: Any, released: bool = False, **__: Any
+) -> str | None:
+    """Why it is `group_norm` that computes with these windows, or None."""
+    if refused_windows(x, window, channels_per_group, released) is not None:
+        return None
+    whole = windows_within(window, x.shape[2:]) == tuple(x.shape[2:])
+    return "windows cover the map, so that it is group_norm's" if whole else None

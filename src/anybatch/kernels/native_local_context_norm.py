@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation
 from anybatch.kernels.layouts import laid_out
-from anybatch.kernels.local_windows import refused_windows
+from anybatch.kernels.local_windows import refused_whole, refused_windows
 from anybatch.kernels.native_common import as_map, function, numbers
 from anybatch.kernels.native_operator import NativeOperator, refused_norm
 from anybatch.kernels.native_positional_norm import of_scales, scales
@@ -104,8 +104,8 @@ def _refusal(
         return reason
     if x.dim() > 4:
         return f"x of shape {tuple(x.shape)} is no map of one or two dimensions"
-    if windows_within(window, x.shape[2:]) == tuple(x.shape[2:]):
-        return "windows cover the map, so that it is group_norm's"
+    if reason := refused_whole(x, window, channels_per_group):
+        return reason
     if any(p is not None and p.numel() != x.shape[1] for p in (weight, bias)):
         return "weight or bias is not one number for each channel of x"
     return None

@@ -73,17 +73,23 @@ def _refusal_where_compiled(x: Tensor, *_: Any, **__: Any) -> str | None:
     return "torch.compile chooses what it keeps" if torch.compiler.is_compiling() else _refusal(x)
 
 
-def attach(op: Op, *, linear: bool = False, asks_for_strides: bool = False) -> None:
+def attach(
+    op: Op, *, linear: bool = False, asks_for_strides: bool = False, refused: Callable[..., str | None] | None = None
+) -> None:
     """Give an op whose first argument is its activations the kernel ``"recompute"``.
 
     Args:
         op: The op.
         linear: Whether it is linear in its activations.
         asks_for_strides: Whether the reference does. Compiled code then runs the reference itself.
+        refused: Why the kernel is of no use for some arguments, where it is not.
     """
     refusal = _refusal_where_linear if linear else _refusal_where_compiled if asks_for_strides else _refusal
 
-    @op.kernel("recompute", refusal=refusal)
+    def either(*args: Any, **options: Any) -> str | None:
+        return refusal(*args, **options) or (refused(*args, **options) if refused is not None else None)
+
+    @op.kernel("recompute", refusal=either)
     def recompute(*args: Any, **options: Any) -> Tensor:
         names = tuple(options)
 

@@ -94,6 +94,10 @@ class TakesActivation:
         self.activation = name
         return True
 
+    def keeps_input_alone(self, x: Tensor) -> bool:
+        """Whether for an input like ``x`` nothing else of its size is kept for backward."""
+        return True
+
     def shown_activation(self) -> str:
         """The end of `extra_repr`: empty where there is no activation."""
         return "" if self.activation == "none" else f", activation={self.activation}"

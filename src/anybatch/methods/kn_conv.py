@@ -144,8 +144,8 @@ def filter_windows(
     if not 1 <= dims <= 3:
         raise ValueError(f"weight must have 1 to 3 dimensions of positions, got shape {tuple(weight.shape)}")
     sizes = tuple(weight.shape[2:])
-    if torch.jit.is_tracing():  # which gives tensors, and warns of what makes them numbers
-        with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace gives tensors, and warns of what makes them numbers
+        with warnings.catch_warnings(action="ignore"):
             sizes = tuple(int(n) for n in sizes)
     at = windows(dims, sizes, stride, padding, dilation, padding_mode)
     _check_groups(groups, norm_groups)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from anybatch.dispatch import op
+from anybatch.dispatch import explain, op
 from anybatch.methods.common import (
     ChannelNorm,
     TakesActivation,
@@ -61,7 +61,8 @@ def local_context_norm(
             in, and odd windows begin one position later everywhere but at the far border. Else it takes the statistics
             of the whole map, with the unbiased variance. (Unlike it, we leave ``x`` as it is, and lose no digits where
             its mean is large.)
-        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward.
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward,
+            but where formulas run: in float64, 3d, or with ``released``.
 
     Returns:
         (N, C, *), with the dtype of ``x``.
@@ -179,9 +180,9 @@ class _LocalContextNorm(TakesActivation, ChannelNorm):
         self.channels_per_group = channels_per_group
         self.released = released
 
-    def normalize(self, x: Tensor) -> Tensor:
-        return local_context_norm(
-            x,
+    def _called(self, call: Callable[..., Any], *front: Any) -> Any:
+        return call(
+            *front,
             self.window,
             self.channels_per_group,
             self.weight,
@@ -190,6 +191,13 @@ class _LocalContextNorm(TakesActivation, ChannelNorm):
             released=self.released,
             activation=self.activation,
         )
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return self._called(local_context_norm, x)
+
+    def keeps_input_alone(self, x: Tensor) -> bool:
+        """As `TakesActivation`: formulas keep more."""
+        return self._called(explain, local_context_norm, x)["reference"] != "runs"
 
     def extra_repr(self) -> str:
         return (

@@ -51,17 +51,18 @@ class Recomputed(nn.Sequential):
         if not torch.is_grad_enabled():
             return super().forward(input)
         layers = list(self)
-        if len(layers) > 1 and _keeps_input_alone(layers[:-1]) and _is_plain(input):
+        if len(layers) > 1 and _is_plain(input) and _keeps_input_alone(layers[:-1], input):
             return _without_between(layers[:-1], layers[-1], input)
         return checkpoint(super().forward, input, use_reentrant=False)
 
 
-def _keeps_input_alone(front: list[nn.Module]) -> bool:
+def _keeps_input_alone(front: list[nn.Module], x: Tensor) -> bool:
     """Whether it is a norm that draws nothing and applies its activation, with identities behind."""
     norm, *behind = front
     return (
         isinstance(norm, ChannelLayer)
         and isinstance(norm, TakesActivation)
+        and norm.keeps_input_alone(x)
         and all(isinstance(one, nn.Identity) for one in behind)
     )
 
