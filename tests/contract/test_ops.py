@@ -106,6 +106,23 @@ def test_backward_reads_what_autograd_keeps_alone(case: OpCase, kernel: Kernel) 
         torch.testing.assert_close(copied[what], value, rtol=0, atol=0, equal_nan=True, msg=what)
 
 
+@pytest.mark.parametrize(("case", "kernel"), ONE_MEAN, ids=named)
+def test_backward_takes_several_gradients_at_once(case: OpCase, kernel: Kernel) -> None:
+    leaves = asking(case.arguments(torch.float32))
+    if reason := kernel.refusal(*leaves, **case.options):
+        pytest.skip(f"refused: {reason}")
+    inputs = [a for a in leaves if isinstance(a, Tensor)]
+    with backend(kernel.backend):
+        y = case.op(*leaves, **case.options)
+        g = case.output_gradient(torch.float32).to(y.dtype)
+        several = torch.autograd.grad(y, inputs, torch.stack([g, -2 * g]), is_grads_batched=True, retain_graph=True)
+        alone = torch.autograd.grad(y, inputs, g)
+    for both, right in zip(several, alone, strict=True):
+        scale = right.abs().max().item()
+        for got, times in zip(both, (1, -2), strict=True):
+            torch.testing.assert_close(got, times * right, rtol=1e-3, atol=1e-3 * scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=named)
 @pytest.mark.parametrize("case", [*OPS, *MIXED_OPS], ids=str)
 @pytest.mark.parametrize("choice", ["auto", "reference"])

@@ -9,12 +9,14 @@ channel of each sample; they differ in how the scale and the shift follow from t
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.kernels.activations import activated_in_place, activation_gradient, refused_activation, refused_tracing
+from anybatch.kernels.recompute import recomputed_gradients, several_at_once
 from anybatch.kernels.torch_group_norm import refusal as torch_refusal
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
@@ -235,6 +237,10 @@ class _ChannelNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, batch_mean, batch_var, batch_weight, batch_bias, *kept = ctx.saved_tensors
         given = (batch_mean, batch_var, batch_weight, batch_bias)
+        if several_at_once(gradient):
+            formulas = partial(_formulas, groups=ctx.groups, eps=ctx.eps, activation=ctx.activation)
+            g_x, *found = recomputed_gradients(formulas, (x, weight, bias, *given), gradient)
+            return g_x, None, *found, None, None
         passes = _passes(x)
         wide = passes.x.dtype
         batch = _batch(*given, eps=ctx.eps, wide=wide)
@@ -258,6 +264,14 @@ class _ChannelNorm(torch.autograd.Function):
         g_x = passes.combined(g, mean_nc, numbers.scale_nc, p_nc, q_nc) if ctx.needs_input_grad[0] else None
         found = (g_x, None, g_weight, total_nc.sum(0), *g_batch)
         return *_like((x, None, weight, bias, *given), found), None, None
+
+
+def _formulas(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *batch: Tensor | None, groups: int, **options: Any
+) -> Tensor:
+    if batch[0] is None:
+        return group_norm.reference(x, groups, weight, bias, **options)
+    return batch_channel_norm.reference(x, groups, *batch, weight, bias, **options)
 
 
 def _coefficients(
