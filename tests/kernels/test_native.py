@@ -384,6 +384,15 @@ def test_local_context_norm_of_groups_and_windows_of_any_size(
         assert_error_within(got, right, 2 * error(plain, right) + roundoff)
 
 
+def test_local_context_norm_of_a_first_column_unlike_the_others() -> None:
+    """The constant near the mean that sums are taken of was that of the first column where positions are many."""
+    x = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(0)) + 1e3
+    x[..., 0] = 0
+    with backend("native"):
+        got = local_context_norm(x, 5, 2)[..., 8:]
+    assert_error_within(got, local_context_norm.reference(x.double(), 5, 2)[..., 8:], 4e-6)
+
+
 def test_local_context_norm_of_one_dimension() -> None:
     x = torch.randn(2, 6, 13, generator=torch.Generator().manual_seed(3))
     with backend("native"):

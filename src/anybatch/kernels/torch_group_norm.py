@@ -42,6 +42,7 @@ def refused_groups(x: Tensor, groups: int) -> str | None:
     """Why the input and its groups are none that the op takes, or None."""
     if (
         not x.is_floating_point()
+        or isinstance(groups, Tensor)
         or x.dim() < 2
         or groups < 1
         or x.shape[1] % groups

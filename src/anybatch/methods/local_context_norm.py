@@ -46,7 +46,8 @@ def local_context_norm(
 
     The cost does not depend on the window: sums over windows are differences of running sums. These are taken in
     float64 (float32 on devices that have none) of the group's mean at each position, less the mean of the whole map,
-    and of its variance, from which the law of total variance gives the window's.
+    and of its variance, from which the law of total variance gives the window's. NaN and infinity make NaN of all whose
+    windows hold them, and may of others in their sample and group.
 
     Args:
         x: (N, C, *), floating point, any memory format, which the result keeps.

@@ -99,9 +99,12 @@ INLINE void fetch(const float *v, int64_t step, int64_t channels) {
         default: do(__VA_ARGS__, each);                                                                                \
     }
 
-/* A constant near each group's mean, of some positions, for each of its channels. */
+static int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
+
+/* A constant near each group's mean, of some positions in all columns, for each of its channels. */
 static void find_middle(const Norm *q, const Part *a, float *middle) {
     int64_t positions = q->height * q->width, step = MAX(1, positions / 256), count = 0;
+    while (common_divisor(step, q->width) > 1) step++;
     memset(middle, 0, a->channels * sizeof(float));
     for (int64_t p = 0; p < positions; p += step, count++) {
         const float *restrict v = a->x + p * a->x_step;
