@@ -21,7 +21,7 @@ from anybatch.kernels import triton_kn_conv as triton_kn_conv
 from anybatch.kernels import triton_local_context_norm as triton_local_context_norm
 from anybatch.kernels import triton_positional_norm as triton_positional_norm
 from anybatch.kernels import triton_weight_standardize as triton_weight_standardize
-from anybatch.kernels.local_windows import refused_whole
+from anybatch.kernels.local_windows import refused_compiled
 from anybatch.methods.batch_channel_norm import batch_channel_norm
 from anybatch.methods.batch_norm import frozen_batch_norm
 from anybatch.methods.batch_renorm import batch_renorm
@@ -48,7 +48,7 @@ recompute.attach(filter_response_norm)
 recompute.attach(group_norm)
 recompute.attach(kernel_norm, asks_for_strides=True)
 recompute.attach(kn_conv)
-recompute.attach(local_context_norm, refused=refused_whole)
+recompute.attach(local_context_norm, refused=refused_compiled)
 recompute.attach(local_response_norm)
 recompute.attach(positional_moments)
 recompute.attach(positional_norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anybatch.methods.local_context_norm import Window, windows_within
@@ -33,3 +34,8 @@ def refused_whole(
         return None
     whole = windows_within(window, x.shape[2:]) == tuple(x.shape[2:])
     return "windows cover the map, so that it is group_norm's" if whole else None
+
+
+def refused_compiled(*args: Any, **options: Any) -> str | None:
+    """Why compiled code does not compute these windows anew, or None: it traces no kernel within another's."""
+    return refused_whole(*args, **options) if torch.compiler.is_compiling() else None
