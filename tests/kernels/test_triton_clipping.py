@@ -103,14 +103,13 @@ def test_what_is_not_finite_or_0_stays() -> None:
 
 def test_few_launches_and_the_table_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(transposed=False)
-    made = table.cache_info().misses
+    table.cache_clear()  # of other tests, whose tensors may have lain at the same addresses
     with launched(monkeypatch) as launches:
         clipped_by("triton", model)
     assert 1 <= len(launches) <= 4
-    misses = table.cache_info().misses
-    assert misses - made == len(launches)
+    assert table.cache_info().misses == len(launches)
     clipped_by("triton", model)
-    assert table.cache_info().misses == misses
+    assert table.cache_info().misses == len(launches)
 
 
 def test_what_it_refuses_says_why() -> None:
