@@ -522,7 +522,8 @@ def test_an_image_folder_may_have_test_for_val_or_class_folders_alone(tmp_path):
     assert split.train.labels.bincount().tolist() == [4, 4]
     assert split.val.labels.bincount().tolist() == [1, 1]
     assert not rows_of(split.train) & rows_of(split.val)
-    with pytest.raises(ValueError, match=r"no val or test folder; data.val_fraction \(--val-fraction\), such as 0\.2"):
+    told = r"has no val or test folder; data.val_fraction \(--val-fraction\), such as 0\.2"
+    with pytest.raises(ValueError, match=told):
         load(Data(name="imagefolder", root=root))
     folders(tmp_path / "c", ("train",))
     with pytest.raises(ValueError, match=r"has no val or test folder"):

@@ -120,7 +120,7 @@ def test_backward_takes_several_gradients_at_once(case: OpCase, kernel: Kernel) 
     for both, right in zip(several, alone, strict=True):
         scale = right.abs().max().item()
         for got, times in zip(both, (1, -2), strict=True):
-            torch.testing.assert_close(got, times * right, rtol=1e-3, atol=1e-3 * scale)
+            torch.testing.assert_close(got, times * right, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=named)

@@ -20,6 +20,7 @@ from anybatch.kernels.recompute import recomputed_gradients, several_at_once
 from anybatch.kernels.torch_group_norm import refusal as torch_refusal
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, by_channel
+from anybatch.methods.batch_norm import sharing
 from anybatch.methods.common import widened
 from anybatch.methods.group_norm import group_norm
 
@@ -369,6 +370,15 @@ def _batch_refusal(
         p is not None and (p.dim() != 1 or len(p) not in (x.shape[1], groups)) for p in of_either
     ):
         return "statistics, scales or shifts are not one number a channel of x, or a group"
+    return None
+
+
+def refused_estimates(running_mean: Tensor, running_var: Tensor, batches: Tensor) -> str | None:
+    """Why kernels do not let batches into these estimates, or None."""
+    if sharing():
+        return "processes share their statistics"
+    if batches.dtype != torch.int64 or not running_mean.dtype == running_var.dtype == torch.float32:
+        return "estimates are not float32, or their number is not int64"
     return None
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.kernels.channel_moments import refused_estimates
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.native_common import as_map, function, passes, refused_native
 from anybatch.kernels.native_operator import NativeOperator, refused_norm
 from anybatch.kernels.torch_group_norm import refused_groups
 from anybatch.methods.batch_channel_norm import batch_channel_norm, estimated_batch_channel_norm, image_rate
-from anybatch.methods.batch_norm import channel_moments, sharing
+from anybatch.methods.batch_norm import channel_moments
 from anybatch.methods.group_norm import group_norm
 
 
@@ -189,10 +190,8 @@ def _estimated_refusal(
 ) -> str | None:
     if torch.compiler.is_compiling():
         return "compiled code lets batches in by formulas"
-    if sharing():
-        return "processes share their statistics"
-    if batches.dtype != torch.int64 or not running_mean.dtype == running_var.dtype == torch.float32:
-        return "estimates are not float32, or their number is not int64"
+    if reason := refused_estimates(running_mean, running_var, batches):
+        return reason
     return _batch_refusal(x, groups, running_mean, running_var, *scales, eps=eps, activation=activation)
 
 

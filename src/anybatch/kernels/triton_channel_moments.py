@@ -5,14 +5,17 @@ Batch-Channel Norm by estimates lets its batch in with these two, and one for th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from anybatch.kernels.channel_moments import refused_estimates
 from anybatch.kernels.triton_channel_norm import refused_batch_channel_norm, triton_batch_channel_norm
 from anybatch.kernels.triton_channel_plans import BatchMoments, batch_moments, letting_in
 from anybatch.kernels.triton_common import on_its_device, refused_activations, refused_device
 from anybatch.methods.batch_channel_norm import estimated_batch_channel_norm, image_rate
-from anybatch.methods.batch_norm import channel_moments, sharing
+from anybatch.methods.batch_norm import channel_moments
 
 
 def _refusal(x: Tensor) -> str | None:
@@ -47,18 +50,13 @@ def _estimated_refusal(
     running_var: Tensor,
     batches: Tensor,
     *scales: Tensor | None,
-    rate: float | None = None,
-    warm_start: bool = True,
-    eps: float = 1e-5,
     activation: str = "none",
+    **_: Any,
 ) -> str | None:
-    estimates, options = (running_mean, running_var), {"eps": eps, "activation": activation}
-    if reason := refused_batch_channel_norm(x, groups, *estimates, *scales, **options):
+    if reason := refused_batch_channel_norm(x, groups, running_mean, running_var, *scales, activation=activation):
         return reason
-    if sharing():
-        return "processes share their statistics"
-    if batches.dtype != torch.int64 or not running_mean.dtype == running_var.dtype == torch.float32:
-        return "estimates are not float32, or their number is not int64"
+    if reason := refused_estimates(running_mean, running_var, batches):
+        return reason
     return None if batches.device == x.device else f"the number of batches is on {batches.device.type}"
 
 
@@ -73,8 +71,7 @@ def triton_estimated_batch_channel_norm(
     *scales: Tensor | None,
     rate: float | None = None,
     warm_start: bool = True,
-    eps: float = 1e-5,
-    activation: str = "none",
+    **options: Any,
 ) -> Tensor:
     weight = image_rate(x.shape[0]) if rate is None else float(rate)
     plans = letting_in(x.shape, x.stride(), x.dtype, weight, warm_start)
@@ -82,4 +79,4 @@ def triton_estimated_batch_channel_norm(
     plans.joined(_partial(x, plans), running_mean, running_var, batches, mean, var)
     batches.add_(1)
     torch.autograd.graph.increment_version((running_mean, running_var))
-    return triton_batch_channel_norm(x, groups, mean, var, *scales, eps=eps, activation=activation)
+    return triton_batch_channel_norm(x, groups, mean, var, *scales, **options)

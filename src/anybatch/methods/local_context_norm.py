@@ -63,7 +63,7 @@ def local_context_norm(
             of the whole map, with the unbiased variance. (Unlike it, we leave ``x`` as it is, and lose no digits where
             its mean is large.)
         activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"``. As part of the op it keeps no tensor for backward,
-            but where formulas run: in float64, 3d, or with ``released``.
+            but where formulas run: in float64, 3d or without a C compiler on the CPU, or with ``released``.
 
     Returns:
         (N, C, *), with the dtype of ``x``.
