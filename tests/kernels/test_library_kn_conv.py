@@ -16,33 +16,37 @@ from helpers import assert_error_within, error
 operator = torch.ops.anybatch.kn_conv
 
 
-def given(dtype: torch.dtype, *, residual: bool, layout: torch.memory_format = torch.contiguous_format) -> list[Any]:
+def given(
+    dtype: torch.dtype, *, residual: bool, groups: int = 1, layout: torch.memory_format = torch.contiguous_format
+) -> list[Any]:
     generator = torch.Generator().manual_seed(3)
-    shapes = [(2, 4, 6, 5), (3, 4, 3, 3), (3,), (2, 3, 3, 3)]
+    shapes = [(2, 6, 6, 5), (3, 6 // groups, 3, 3), (3,), (2, 3, 3, 3)]
     made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     x, weight, bias, added = (t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in made)
     return [t.requires_grad_() for t in (x, weight, bias)] + [added.requires_grad_() if residual else None]
 
 
-def geometry(p: float, relu: bool) -> tuple[Any, ...]:
-    return [2, 2], [1, 1], [1, 1], p, 1e-3, relu
+def geometry(p: float, relu: bool, groups: int = 1) -> tuple[Any, ...]:
+    return [2, 2], [1, 1], [1, 1], groups, p, 1e-3, relu
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which opcheck looks at
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("residual", [False, True])
-def test_it_passes_opcheck(dtype: torch.dtype, p: float, residual: bool) -> None:
-    x, weight, bias, added = given(dtype, residual=residual)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_it_passes_opcheck(dtype: torch.dtype, p: float, residual: bool, groups: int) -> None:
+    x, weight, bias, added = given(dtype, residual=residual, groups=groups)
     seed = torch.tensor(7) if p else None
-    torch.library.opcheck(operator.default, (x, weight, bias, added, seed, *geometry(p, relu=residual)))
+    torch.library.opcheck(operator.default, (x, weight, bias, added, seed, *geometry(p, residual, groups)))
 
 
-def test_its_backward_passes_opcheck() -> None:
-    x, weight, bias, added = (t.detach() for t in given(torch.float32, residual=True))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_its_backward_passes_opcheck(groups: int) -> None:
+    x, weight, bias, added = (t.detach() for t in given(torch.float32, residual=True, groups=groups))
     seed = torch.tensor(7)
-    y, *kept = operator(x, weight, bias, added, seed, *geometry(0.2, relu=True))
-    *where, p, _, relu = geometry(0.2, relu=True)
+    *where, p, eps, relu = geometry(0.2, True, groups)
+    y, *kept = operator(x, weight, bias, added, seed, *where, p, eps, relu)
     args = (torch.ones_like(y), x, weight, bias, added, seed, y, *kept, *where, p, relu, [True, False])
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.anybatch.kn_conv_backward.default, args, test_utils=tests)
@@ -50,16 +54,17 @@ def test_its_backward_passes_opcheck() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_numbers_are_those_of_float64(layout: torch.memory_format, p: float) -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_numbers_are_those_of_float64(layout: torch.memory_format, p: float, groups: int) -> None:
     seed = torch.tensor(11) if p else None
     found = []
     for dtype in (torch.float32, torch.float64):
-        args = given(dtype, residual=True, layout=layout)
+        args = given(dtype, residual=True, groups=groups, layout=layout)
         if dtype == torch.float32:
-            y = operator(*args, seed, *geometry(p, relu=True))[0]
+            y = operator(*args, seed, *geometry(p, True, groups))[0]
         else:
             options = {"p": p, "seed": seed, "eps": 1e-3, "activation": "relu", "residual": args[3]}
-            y = kn_conv.reference(*args[:3], 2, 1, **options)
+            y = kn_conv.reference(*args[:3], 2, 1, 1, groups, **options)
         found.append([y, *torch.autograd.grad(y.sin().sum(), args)])
     for got, exact in zip(*found, strict=True):
         assert_error_within(got, exact, 64 * torch.finfo(torch.float32).eps * exact.abs().max().item())

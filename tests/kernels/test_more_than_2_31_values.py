@@ -81,7 +81,7 @@ def test_gradients_through_the_moments_of_a_convolution_reach_the_last_values() 
         values, middle, var, own = of if rows == slice(None) else [t.contiguous() for t in of]
         back = Pulled(values, values, var, own, torch.empty(0), None)
         done = Normalized(values, middle, middle, None, None)
-        return stages.through_moments(torch.zeros_like(values), values, done, back, at, 0.0, None)
+        return stages.through_moments(torch.zeros_like(values), values, done, back, at, 0.0, None, True)
 
     whole = through(slice(None))
     for first in (0, POSITIONS[0] - 2):

@@ -93,14 +93,20 @@ def run(layer: Any, x: Tensor, *more: Tensor) -> None:
 def convolutions(x: Tensor) -> None:
     """The stages around convolutions, which are not run."""
     stages, wide = TritonStages(), {"dtype": torch.float32}
-    for p, size, residual in ((0.0, 1, None), (0.05, 3, torch.zeros_like(x))):
-        at, seed = windows(2, size, padding=size // 2), torch.tensor(0) if p else None
+    for p, size, groups, residual in (
+        (0.0, 1, 1, None),
+        (0.05, 3, 1, torch.zeros_like(x)),
+        (0.05, 3, 32, None),
+        (0.0, 3, x.shape[1], torch.zeros_like(x)),
+    ):
+        at, seed, plain = windows(2, size, padding=size // 2), torch.tensor(0) if p else None, groups > 1
         weight, bias = torch.zeros(x.shape[1], 2, size, size, **wide), torch.zeros(x.shape[1], **wide)
         pixels, filters = stages.pixels(x, p, seed), stages.filters(weight, x.dtype)
-        done = stages.normalized(torch.empty_like(x), pixels, filters, bias, residual, at, p, 1e-5, True)
-        back = stages.pulled(torch.empty_like(x), done, filters.total, bias, residual, at, True)
-        stages.through_filters(filters.convolved, back.total, weight.dtype)
-        stages.through_moments(torch.empty_like(x), x, done, back, at, p, seed)
+        own = stages.group_means(x, at, groups, x) if plain else None
+        done = stages.normalized(torch.empty_like(x), pixels, filters, own, bias, residual, at, p, 1e-5, True)
+        back = stages.pulled(torch.empty_like(x), done, filters.total, bias, residual, at, True, plain)
+        stages.through_filters(filters.convolved, back.total, weight.dtype, plain)
+        stages.through_moments(torch.empty_like(x), x, done, back, at, p, seed, plain)
 
 
 def norms(kind: Callable[[int], Any]) -> Callable[[Tensor], None]:

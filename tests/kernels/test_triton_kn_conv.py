@@ -30,7 +30,7 @@ def _all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 SEED = torch.tensor(7, device=DEVICE)
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
-    # shape of x, shape of the weight, stride, padding and dilation
+    # shape of x, shape of the weight, stride, padding, dilation and groups
     "3x3": ((2, 20, 9, 7), (24, 20, 3, 3), (1, 1, 1)),
     "3x3 halved": ((2, 20, 9, 7), (24, 20, 3, 3), (2, 1, 1)),
     "1x1": ((3, 36, 5, 7), (20, 36, 1, 1), (1, 0, 1)),
@@ -40,6 +40,13 @@ GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
     "one position": ((3, 40, 1, 1), (24, 40, 1, 1), (1, 0, 1)),
     "wide": ((1, 3, 150, 3), (2, 3, 1, 1), (1, 0, 1)),
     "many channels": ((1, 2060, 1, 3), (2052, 2060, 1, 1), (1, 0, 1)),
+    "groups": ((2, 20, 9, 7), (24, 5, 3, 3), (1, 1, 1, 4)),
+    "groups halved": ((2, 40, 9, 7), (6, 20, 1, 1), (2, 0, 1, 2)),
+    "each channel": ((2, 70, 9, 7), (70, 1, 3, 3), (1, 1, 1, 70)),
+    "each channel twice": ((2, 6, 11, 9), (12, 1, 2, 3), ((2, 1), (1, 3), (3, 2), 6)),
+    "groups in 1d": ((2, 6, 19), (9, 2, 4), (2, 3, 1, 3)),
+    "groups in 3d": ((2, 4, 4, 5, 3), (6, 2, 3, 2, 2), ((1, 2, 1), (1, 0, 1), 1, 2)),
+    "groups of many channels": ((1, 180, 1, 3), (4, 90, 1, 1), (1, 0, 1, 2)),
     "1d": ((2, 6, 19), (5, 6, 4), (2, 3, 1)),
     "3d": ((2, 4, 4, 5, 3), (6, 4, 3, 2, 2), ((1, 2, 1), (1, 0, 1), 1)),
 }
@@ -127,7 +134,7 @@ def test_all_it_gives_is_right(geometry: str, way: str, last: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("geometry", ["3x3 halved", "1x1"])
+@pytest.mark.parametrize("geometry", ["3x3 halved", "1x1", "groups", "each channel"])
 def test_half_precision_with_parameters_in_float32(geometry: str, way: str, dtype: torch.dtype) -> None:
     assert_errs_little(geometry, way, dtype, last=True, weights=torch.float32)
 
@@ -140,25 +147,29 @@ def test_more_channels_than_a_program_sees(last: bool) -> None:
 
 @pytest.mark.parametrize("mean", [10.0, 100.0, 1000.0])
 @pytest.mark.parametrize("way", ["joined", "dropped"])
-def test_large_means(way: str, mean: float) -> None:
-    assert_errs_little("3x3", way, torch.float32, last=True, mean=mean)
+@pytest.mark.parametrize("geometry", ["3x3", "groups"])
+def test_large_means(geometry: str, way: str, mean: float) -> None:
+    assert_errs_little(geometry, way, torch.float32, last=True, mean=mean)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_a_sample_is_the_same_to_the_last_bit_alone_and_in_a_batch(p: float, last: bool) -> None:
+@pytest.mark.parametrize("geometry", ["3x3 halved", "groups"])
+def test_a_sample_is_the_same_to_the_last_bit_alone_and_in_a_batch(geometry: str, p: float, last: bool) -> None:
     """Of all stages around the convolution, which itself may round otherwise in another batch."""
-    (x, weight, bias), places, g = inputs("3x3 halved", torch.float32, last=last)
-    at, seed, stages = windows(2, 3, *places), SEED if p else None, TritonStages()
-    z = torch.nn.functional.conv2d(x, weight, None, *places)
+    (x, weight, bias), places, g = inputs(geometry, torch.float32, last=last)
+    at, seed, stages = windows(2, 3, *places[:3]), SEED if p else None, TritonStages()
+    groups = x.shape[1] // weight.shape[1]
+    plain, z = groups > 1, torch.nn.functional.conv2d(x, weight, None, *places)
     g_x = torch.randn_like(x)
 
     def one(n: int) -> list[Tensor]:
         filters = stages.filters(weight, x.dtype)
         pixels = stages.pixels(x[:n], p, seed)
-        done = stages.normalized(z[:n].clone(), pixels, filters, bias, None, at, p, 1e-5, True)
-        back = stages.pulled(g[:n], done, filters.total, bias, None, at, True)
-        through = stages.through_moments(g_x[:n].clone(), x[:n], done, back, at, p, seed)
+        own = stages.group_means(x[:n], at, groups, z[:n]) if plain else None
+        done = stages.normalized(z[:n].clone(), pixels, filters, own, bias, None, at, p, 1e-5, True)
+        back = stages.pulled(g[:n], done, filters.total, bias, None, at, True, plain)
+        through = stages.through_moments(g_x[:n].clone(), x[:n], done, back, at, p, seed, plain)
         found = [*pixels, done.y, done.mean, done.scale, done.apart, back.z, back.var, back.own, through]
         return [t[:1] for t in found if t is not None]
 
@@ -167,8 +178,9 @@ def test_a_sample_is_the_same_to_the_last_bit_alone_and_in_a_batch(p: float, las
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_it_keeps_its_input_its_output_and_maps_of_one_channel(p: float) -> None:
-    (x, weight, bias), places, _ = inputs("3x3", torch.float32, last=True)
+@pytest.mark.parametrize("geometry", ["3x3", "each channel"])
+def test_it_keeps_its_input_its_output_and_maps_of_one_channel(geometry: str, p: float) -> None:
+    (x, weight, bias), places, _ = inputs(geometry, torch.float32, last=True)
     x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
     with backend("triton"), saved_tensors() as kept:
         y = kn_conv(x, weight, bias, *places, activation="relu", p=p, seed=SEED if p else None)
@@ -210,7 +222,7 @@ def test_what_it_refuses_says_why() -> None:
     assert "float64" in told(x.double(), weight.double())
     assert "neither contiguous nor channels last" in told(x[..., ::2])
     assert "no map" in told(x[:0])
-    assert "groups=2" in told(x, weight[:, :10], 1, 0, 1, 2)
+    assert "norm_groups=2" in told(x, weight[:, :10], 1, 0, 1, 2, norm_groups=2)
     assert "more than 128" in told(torch.randn(1, 2, 12, 12, device=DEVICE), torch.randn(2, 2, 12, 12, device=DEVICE))
     with backend("triton"), pytest.raises(ValueError, match="'triton' kernel of kn_conv refuses: x is float64"):
         kn_conv(x.double(), weight.double(), bias.double())

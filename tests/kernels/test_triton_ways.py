@@ -65,6 +65,10 @@ def convolution(_: pytest.MonkeyPatch, way: str, *, last: bool) -> None:
     kn.assert_errs_little("3x3 halved" if way == "dropped" else "3x3", way, torch.float32, last=last)
 
 
+def convolution_in_groups(_: pytest.MonkeyPatch, *, last: bool) -> None:
+    kn.assert_errs_little("groups", "dropped", torch.float32, last=last)
+
+
 def filters(_: pytest.MonkeyPatch, *, together: bool) -> None:
     some = [ws.made(name) for name in ("odd", "rows at 16 bytes", "long rows", "scaled")]
     ws.assert_errs_little(some, "auto" if together else "triton", together=together)
@@ -92,6 +96,10 @@ WORK: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "KNConv, added": (partial(convolution, way="all", last=False), _KN),
     "KNConv, channels last": (partial(convolution, way="joined", last=True), _KN | of("kn", "pulled")),
     "KNConv, dropout, channels last": (partial(convolution, way="dropped", last=True), _KN | of("kn", "pulled")),
+    "KNConv in groups, channels last": (
+        partial(convolution_in_groups, last=True),
+        _KN | of("kn", "group_means", "pulled"),
+    ),
     "filters": (partial(filters, together=False), of("parameter", "standardize_filters", "pull_filters")),
     "all filters": (partial(filters, together=True), of("parameter", "standardize_all", "pull_all")),
 }

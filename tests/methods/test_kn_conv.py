@@ -335,8 +335,9 @@ def test_windows_are_never_written_out(kernel: int, groups: int, p: float) -> No
     assert seen.elements >= kernel**2 * x.numel()
 
 
-def test_half_precision_keeps_the_input_and_the_output() -> None:
-    layer, x = layers.KNConv2d(16, 8, 3, p=0.2), torch.randn(2, 16, 14, 14).bfloat16().requires_grad_()
+@pytest.mark.parametrize("groups", [1, 8])
+def test_half_precision_keeps_the_input_and_the_output(groups: int) -> None:
+    layer, x = layers.KNConv2d(16, 8, 3, groups=groups, p=0.2), torch.randn(2, 16, 14, 14).bfloat16().requires_grad_()
     with saved_tensors() as kept:
         layer(x)
     large = [t for t in kept if t.numel() > 2 * 12 * 12 and t is not layer.weight]
@@ -352,14 +353,16 @@ def test_an_output_that_is_overwritten_is_an_error_that_says_so() -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("dims", "groups"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 4), (3, 2)])
 @pytest.mark.parametrize("mean", [0, 10, 100, 1000])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_kernel_errs_as_the_reference_does(dims: int, mean: float, p: float, dtype: torch.dtype) -> None:
+def test_the_fused_kernel_errs_as_the_reference_does(
+    dims: int, groups: int, mean: float, p: float, dtype: torch.dtype
+) -> None:
     size = (9, 8, 5)[:dims]
     x = (torch.randn(2, 16, *size, dtype=torch.float64) + mean).to(dtype)
-    leaves = [x, torch.randn(12, 16, *[3] * dims).to(dtype), torch.randn(12).to(dtype)]
+    leaves = [x, torch.randn(12, 16 // groups, *[3] * dims).to(dtype), torch.randn(12).to(dtype)]
     residual, g = torch.randn(2, 12, *size).to(dtype), torch.randn(2, 12, *size).to(dtype)
     if dims == 2:
         x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
@@ -368,7 +371,7 @@ def test_the_fused_kernel_errs_as_the_reference_does(dims: int, mean: float, p: 
     def run(choice: str, dtype: torch.dtype) -> list[Tensor]:
         given = [t.to(dtype, copy=True).requires_grad_() for t in (*leaves, residual)]
         with backend(choice):
-            y = kn_conv(*given[:3], 1, 1, residual=given[3], **options)
+            y = kn_conv(*given[:3], 1, 1, 1, groups, residual=given[3], **options)
         return [y, *torch.autograd.grad(y, given, g.to(dtype))]
 
     exact = run("reference", torch.float64)
@@ -377,14 +380,17 @@ def test_the_fused_kernel_errs_as_the_reference_does(dims: int, mean: float, p: 
     ):
         # Where y is near 0 either may cut off what the other passes on, so errors are those of the whole.
         fused, reference = ((t.double() - right).norm() / right.norm() for t in (got, plain))
-        assert fused <= 2 * reference + torch.finfo(dtype).eps, f"{what}: {fused:.3g}, the reference {reference:.3g}"
+        # In groups the gradient of filters as they are is rounded while the mean is in it, and centered by none.
+        roundings = 1 + mean / 4 if what == "weight" and groups > 1 else 1
+        allowed = 2 * reference + roundings * torch.finfo(dtype).eps
+        assert fused <= allowed, f"{what}: {fused:.3g}, the reference {reference:.3g}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_do_not_depend_on_how_saved_tensors_lie_in_memory(dtype: torch.dtype) -> None:
     """Hooks that keep tensors elsewhere may bring them back contiguous; the dropout must be the same."""
     x = torch.randn(2, 4, 5, 5, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    for groups in (1, 2):  # the kernel's, and the reference's
+    for groups in (1, 2):
         weight = torch.randn(4, 4 // groups, 3, 3, dtype=dtype, requires_grad=True)
         found = []
         for unpack in (lambda t: t, lambda t: t.contiguous()):
@@ -679,10 +685,12 @@ def test_refusals_of_the_part(spec: str, message: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["reference", *(kernel.backend for kernel in kn_conv.kernels)])
-def test_filters_that_are_centered_need_not_be_centered_again(name: str, dtype: torch.dtype) -> None:
-    x, weight = torch.randn(2, 4, 7, 6, dtype=dtype) + 3, torch.randn(5, 4, 3, 3)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_that_are_centered_need_not_be_centered_again(name: str, dtype: torch.dtype, groups: int) -> None:
+    x, weight = torch.randn(2, 4, 7, 6, dtype=dtype) + 3, torch.randn(6, 4 // groups, 3, 3)
     weight -= weight.mean((1, 2, 3), keepdim=True)
-    if name != "reference" and explain(kn_conv, x, weight, None, 1, 1, centered=True)[name] not in (
+    geometry = (1, 1, 1, groups)
+    if name != "reference" and explain(kn_conv, x, weight, None, *geometry, centered=True)[name] not in (
         "runs",
         "could run",
     ):
@@ -690,5 +698,5 @@ def test_filters_that_are_centered_need_not_be_centered_again(name: str, dtype: 
     seed = torch.tensor(5)
     with backend(name):
         for how in ({}, {"p": 0.2, "seed": seed, "activation": "relu"}):
-            wanted, got = (kn_conv(x, weight, None, 1, 1, centered=centered, **how) for centered in (False, True))
+            wanted, got = (kn_conv(x, weight, None, *geometry, centered=centered, **how) for centered in (False, True))
             assert_error_within(got, wanted, 2e-2 if dtype == torch.bfloat16 else 1e-5)

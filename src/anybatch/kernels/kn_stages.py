@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anybatch.methods.common import widened
 from anybatch.methods.kernel_norm import dropout_mask
-from anybatch.methods.windows import Windows, channels_are_last, combined_moments, pad, window_means
+from anybatch.methods.windows import Windows, channels_are_last, combined_moments, pad, pixel_means, window_means
 
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -49,7 +49,7 @@ class Normalized(NamedTuple):
     scale: Tensor
     """1 / sqrt(var + eps)."""
     apart: Tensor | None
-    """A window's mean less that after dropout; None without dropout, and where filters are convolved as they are."""
+    """A window's mean less that after dropout; None without dropout, and where backward is plain."""
     own: Tensor | None
     """What the convolution gave, where its rounded sum with the skip connection does not tell it."""
 
@@ -72,8 +72,14 @@ class Pulled(NamedTuple):
 
 
 class Stages:
-    """Stages without state; each takes and gives tensors in the memory format of the activations."""
+    """Stages without state; each takes and gives tensors in the memory format of the activations.
 
+    What takes ``plain`` is told whether backward convolves with filters as they are, not centered: to their output the
+    mean of a window has then added ``own s`` already, and only ``-mean u' s`` is taken back behind it.
+    """
+
+    centers: ClassVar[bool] = True
+    """Whether forward convolves with centered filters."""
     keeps_filters: ClassVar[bool] = False
     """Whether `Filters` are kept for backward in place of being made anew there."""
 
@@ -92,11 +98,16 @@ class Stages:
         rest = None if dtype == wide else centered.to(wide).flatten(1).sum(1)
         return Filters(centered, w_mean.flatten() * weight[0].numel(), rest)
 
+    def group_means(self, x: Tensor, at: Windows, groups: int, like: Tensor) -> Tensor:
+        """The mean of what each group of filters reads of a window, (N, groups, *), ``like`` what was convolved."""
+        return _mean_over(pixel_means(x, groups), at)
+
     def normalized(
         self,
         z: Tensor,
         pixels: Pixels,
         filters: Filters,
+        own: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         at: Windows,
@@ -104,18 +115,26 @@ class Stages:
         eps: float,
         relu: bool,
     ) -> Normalized:
-        """``relu((z + (own - mean) total - own rest) / sqrt(var + eps) + bias + residual)``; may overwrite ``z``."""
+        """``relu((z + (own - mean) total - own rest) / sqrt(var + eps) + bias + residual)``; may overwrite ``z``.
+
+        Args:
+            own: Of `group_means`; None where all filters read all channels, or `centers` is False.
+        """
         wide, dtype = pixels.mean.dtype, z.dtype
         mean, var = _moments(pixels.mean, pixels.var, at)
         if p:
             mean, var = mean / (1 - p), var / (1 - p) ** 2
         scale = torch.rsqrt(var + eps)
-        own = mean if pixels.own is None else _mean_over(pixels.own, at)
-        if filters.rest is not None:
-            z = torch.addcmul(z.to(wide), own, per_filter(filters.rest, at), value=-1)
-        apart = None if pixels.own is None else own - mean
-        if apart is not None:
+        apart = None
+        if own is not None:
+            own = own.repeat_interleave(z.shape[1] // own.shape[1], 1)
+            z = torch.addcmul(z.to(wide), own - mean, per_filter(filters.total, at))
+        elif pixels.own is not None:
+            own = _mean_over(pixels.own, at)
+            apart = own - mean
             z = torch.addcmul(z.to(wide), apart, per_filter(filters.total, at))
+        if filters.rest is not None:
+            z = torch.addcmul(z.to(wide), mean if own is None else own, per_filter(filters.rest, at), value=-1)
         z = z.to(wide)
         y = z * scale if bias is None else torch.addcmul(per_filter(bias.to(wide), at), z, scale)
         y, alone = y.to(dtype), None
@@ -135,6 +154,7 @@ class Stages:
         residual: Tensor | None,
         at: Windows,
         relu: bool,
+        plain: bool,
     ) -> Pulled:
         """Through the activation and the epilogue; ``total`` is that of `Filters`."""
         wide, over = done.scale.dtype, (0, *range(2, gradient.dim()))
@@ -147,36 +167,47 @@ class Stages:
         along = own.mul_(g_wide).sum(1, keepdim=True)
         h = g_wide * done.scale
         g_own = g_total = None
-        if done.apart is not None:
-            g_total = (h * done.apart).sum(over)
+        apart = -done.mean if plain else done.apart
+        if apart is not None:
+            g_total = (h * apart).sum(over)
             g_own = (h * per_filter(total, at)).sum(1, keepdim=True)
         g_bias = g.sum(over, dtype=wide)
         return Pulled(g, h.to(g.dtype), -0.5 * done.scale.square() * along, g_own, g_bias, g_total)
 
-    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype, plain: bool) -> Tensor:
         """The weight's gradient from those of what was convolved, which it may overwrite, and of the filters' sums."""
         g = widened(g_convolved)
-        g -= g.mean(tuple(range(1, g.dim())), keepdim=True)
+        if not plain:
+            g -= g.mean(tuple(range(1, g.dim())), keepdim=True)
         if g_total is not None:
             g += g_total.reshape(-1, *[1] * (g.dim() - 1))
         return g.to(dtype)
 
     def through_moments(
-        self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
+        self,
+        g_x: Tensor,
+        x: Tensor,
+        done: Normalized,
+        back: Pulled,
+        at: Windows,
+        p: float,
+        seed: Tensor | None,
+        plain: bool,
     ) -> Tensor:
         """The gradient of ``x`` from that through the convolution, which it may overwrite, and those of the moments."""
         g_var, mean, g_own = back.var / (1 - p) ** 2, done.mean * (1 - p), back.own
-        g_mean = 0 if g_own is None else -g_own / (1 - p)
-        fields = [g_var, g_mean - 2 * g_var * mean]
+        fields = [g_var, -2 * g_var * mean]  # which cancel at a large mean, before what else there is counts
         if g_own is not None:
-            fields.append(g_own)
+            fields += [-g_own / (1 - p)] if plain else [-g_own / (1 - p), g_own]
         spread = _spread(torch.cat(fields, 1), at, x.shape[2:]) / x.shape[1]
         through = torch.addcmul(spread[:, 1:2], x.to(spread.dtype), 2 * spread[:, :1])
+        if g_own is not None:
+            through += spread[:, 2:3]
         if seed is not None:
             through = through.mul_(dropout_mask(x, p, seed))
         through = through.add_(g_x)
-        if g_own is not None:
-            through += spread[:, 2:]
+        if g_own is not None and not plain:
+            through += spread[:, 3:]
         return through.to(x.dtype)
 
 

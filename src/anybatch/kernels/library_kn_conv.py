@@ -47,6 +47,7 @@ def _forward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     p: float,
     eps: float,
     relu: bool,
@@ -58,9 +59,9 @@ def _forward(
     """
     activation = "relu" if relu else "none"
     options = {"p": p, "seed": seed, "eps": eps, "activation": activation, "residual": residual}
-    stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), **options)
+    stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups, **options)
     at = _windows(weight, stride, padding, dilation)
-    _, done = normalized_conv(stages, at, 1, x, weight, bias, residual, seed, p, eps, relu, centered)
+    _, done = normalized_conv(stages, at, groups, x, weight, bias, residual, seed, p, eps, relu, centered)
     mean, scale = done.mean.contiguous(), done.scale.contiguous()
     if done.apart is None:
         apart = x.new_empty(0) if seed is None else torch.zeros_like(mean)
@@ -81,12 +82,13 @@ def _(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     p: float,
     eps: float,
     relu: bool,
     centered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y = convolve(x, weight.to(x.dtype), _windows(weight, stride, padding, dilation), 1)
+    y = convolve(x, weight.to(x.dtype), _windows(weight, stride, padding, dilation), groups)
     field = x.new_empty((len(y), 1, *y.shape[2:]), dtype=torch.promote_types(x.dtype, torch.float32))
     apart = x.new_empty(0) if seed is None else torch.empty_like(field)
     alone = torch.empty_like(y) if residual is not None and rounds(x.dtype) else x.new_empty(0)
@@ -109,16 +111,17 @@ def _backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     p: float,
     relu: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``x``, weight, bias and residual, of no values where none is asked for."""
     options = {"p": p, "seed": seed, "activation": "relu" if relu else "none", "residual": residual}
-    stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), **options)
+    stages = _stages(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups, **options)
     at = _windows(weight, stride, padding, dilation)
     done = Normalized(y, mean, scale, _or_none(apart), _or_none(own))
-    found = pulled_back(stages, at, 1, gradient, x, weight, bias, residual, seed, None, done, p, relu, needs)
+    found = pulled_back(stages, at, groups, gradient, x, weight, bias, residual, seed, None, done, p, relu, needs)
     g_x = x.new_empty(0) if found.x is None else laid_out(found.x, x)
     g_weight = x.new_empty(0) if found.weight is None else laid_out(found.weight, weight)
     g_bias = x.new_empty(0) if found.bias is None else found.bias.clone()  # a part of several sums
@@ -144,6 +147,7 @@ def _(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     p: float,
     relu: bool,
     needs: Sequence[bool],
@@ -163,7 +167,7 @@ def _pull(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     needs = [*ctx.needs_input_grad[:2]]
     found = torch.ops.anybatch.kn_conv_backward(gradient, *ctx.saved_tensors, *ctx.geometry, ctx.p, ctx.relu, needs)
     asked = (*needs, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-    return *(g if wants else None for g, wants in zip(found, asked, strict=True)), *[None] * 8
+    return *(g if wants else None for g, wants in zip(found, asked, strict=True)), *[None] * 9
 
 
 _forward.register_autograd(_pull, setup_context=_keep)
@@ -236,6 +240,6 @@ def library_kn_conv(
 ) -> Tensor:
     check_centered(weight, centered)
     at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
-    geometry = (at.stride, at.symmetric, at.dilation)
+    geometry = (at.stride, at.symmetric, at.dilation, groups)
     how = (p, eps, activation == "relu", centered)
     return torch.ops.anybatch.kn_conv(x, weight, bias, residual, seed, *geometry, *how)[0]

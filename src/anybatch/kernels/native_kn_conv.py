@@ -27,7 +27,7 @@ from anybatch.methods.windows import Windows
 def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> str | None:
     if reason := refused_native(x):
         return reason
-    if reason := refused_by_formulas(x, weight, bias, *args, uncentered=True, **options):
+    if reason := refused_by_formulas(x, weight, bias, *args, **options):
         return reason
     if not 3 <= x.dim() <= 5:
         return f"x of shape {tuple(x.shape)} is no map of one to three dimensions"
@@ -50,6 +50,7 @@ def _fields(like: Tensor, positions: torch.Size) -> Tensor:
 
 
 class NativeStages(Stages):
+    centers = False
     keeps_filters = True  # of which the weight itself is one and their sums are few
 
     def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
@@ -67,6 +68,7 @@ class NativeStages(Stages):
         z: Tensor,
         pixels: Pixels,
         filters: Filters,
+        own: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         at: Windows,
@@ -91,6 +93,7 @@ class NativeStages(Stages):
         residual: Tensor | None,
         at: Windows,
         relu: bool,
+        plain: bool,
     ) -> Pulled:
         y = done.y
         beside = None if residual is None else laid_out(residual, y)
@@ -103,12 +106,20 @@ class NativeStages(Stages):
         function("kn_pulled", "ppppppppipppppp")(as_map(y.shape, y.stride()), *given, *to)
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
-    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype, plain: bool) -> Tensor:
         assert g_total is not None
         return g_convolved.add_(g_total.view(-1, *[1] * (g_convolved.dim() - 1)))
 
     def through_moments(
-        self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
+        self,
+        g_x: Tensor,
+        x: Tensor,
+        done: Normalized,
+        back: Pulled,
+        at: Windows,
+        p: float,
+        seed: Tensor | None,
+        plain: bool,
     ) -> Tensor:
         g_x = laid_out(g_x, x)
         windows = _windows(x.shape[2:], done.mean.shape[2:], at)

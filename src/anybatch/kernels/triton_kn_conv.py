@@ -1,4 +1,6 @@
-"""KNConv's stages as Triton kernels, on CUDA: four launches beside the convolution forward and four backward.
+"""KNConv's stages as Triton kernels, on CUDA: three launches beside the convolution forward and four backward.
+
+In groups of channels it is one more forward.
 
 What a program reads at once is chosen by the number of channels, the memory format and the positions of one sample,
 never by the batch; only the number of rows whose parameter gradients one program adds up depends on it.
@@ -31,7 +33,7 @@ from anybatch.kernels.triton_common import (
 from anybatch.kernels.triton_tuning import Launch, Tuned, Way, class_of
 from anybatch.methods.kernel_norm import dropout_threshold
 from anybatch.methods.kn_conv import kn_conv
-from anybatch.methods.windows import Windows
+from anybatch.methods.windows import Windows, channels_are_last
 
 _TILE = 4096
 """Values that a program reads at once: 32 for each of its 128 threads, in 16-byte loads."""
@@ -93,6 +95,26 @@ def _centering(shape: torch.Size, _: Dtypes) -> Plan:
 
 
 @planned
+def _grouping(
+    shape: torch.Size, strides: tuple[int, ...], to: torch.Size, to_strides: tuple[int, ...], at: Windows,
+    dtype: torch.dtype,
+) -> Launch:  # fmt: skip
+    layout, of_own, groups, windows = layout_of(shape, strides), layout_of(to, to_strides), to[1], math.prod(to[2:])
+    kernel, size = _kernels().group_means, shape[1] // groups
+    numbers = (windows, groups, size, *layout, *of_own, *three(shape[2:]), *three(to[2:])[1:], *places(at))
+
+    def plan(way: Way) -> Plan:
+        tile, columns = way.of_values(_TILE // 2), 64 if layout.channel == 1 or windows == 1 else 16
+        within = min(power_of_two(size), columns)
+        beside = min(columns // within, power_of_two(groups))
+        rows = min(max(1, tile // (within * beside)), power_of_two(windows))
+        grid = (to[0] * -(-windows // rows), -(-groups // beside))
+        return Plan(kernel, grid, (*numbers, rows, beside, within), way.of_warps(4))
+
+    return Tuned(plan, (class_of(shape, layout), power_of_two(groups), at.kernel, at.stride, dtype))
+
+
+@planned
 def _normalizing(
     shape: torch.Size,
     strides: tuple[int, ...],
@@ -106,11 +128,13 @@ def _normalizing(
     alone: bool,
     relu: bool,
     dtypes: Dtypes,
+    own: tuple[torch.Size, tuple[int, ...]] | None,
 ) -> Launch:
     layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
-    kernel, flags = _kernels().normalized, (drops, rests, dtypes[1] is not None, residual, alone, relu)
+    of_own = (1, 0, 0, 0) if own is None else (filters // own[0][1], *layout_of(*own))
+    kernel, flags = _kernels().normalized, (drops, own is not None, rests, dtypes[1] is not None, residual, alone, relu)
     numbers = (
-        windows, filters, *layout, *three(positions), *three(shape[2:])[1:], *places(at), 1 - p, eps,
+        windows, filters, *layout, *of_own, *three(positions), *three(shape[2:])[1:], *places(at), 1 - p, eps,
         *flags, power_of_two(at.positions),
     )  # fmt: skip
 
@@ -132,7 +156,8 @@ class _Pulling(NamedTuple):
 def _pulling(
     shape: torch.Size,
     strides: tuple[int, ...],
-    drops: bool,
+    sums: bool,
+    plain: bool,
     alone: bool,
     subtracts: bool,
     relu: bool,
@@ -145,22 +170,22 @@ def _pulling(
     while sees_all and together < windows and n * windows > 512 * together:
         together *= 2  # fewer sums to add up where there are programs enough for every processor
     programs = n * -(-windows // together)
-    kernel, flags = _kernels().pulled, (drops, dtypes[1] is not None, alone, subtracts, relu, masked)
+    kernel, flags = _kernels().pulled, (sums, plain, dtypes[1] is not None, alone, subtracts, relu, masked)
     numbers = (windows, filters, *layout, *flags, sees_all, together)
 
     def plan(way: Way) -> Plan:
         at_once = way.of_values(rows) if sees_all else rows
         return Plan(kernel, (programs,), (*numbers, at_once, columns), way.of_warps(4))
 
-    sums = filters * (1 + drops)
-    adding_up = Plan(pieces().added_up, (-(-sums // 16),), (programs, sums, 64, 16))
+    numbers_each = filters * (1 + sums)
+    adding_up = Plan(pieces().added_up, (-(-numbers_each // 16),), (programs, numbers_each, 64, 16))
     return _Pulling(Tuned(plan, (class_of(shape, layout), flags, dtypes)), adding_up, programs)
 
 
 @planned
-def _through_filters(shape: torch.Size, drops: bool, _: Dtypes) -> Plan:
+def _through_filters(shape: torch.Size, sums: bool, plain: bool, _: Dtypes) -> Plan:
     filters, size = shape[0], math.prod(shape[1:])
-    return Plan(_kernels().through_filters, (filters,), (size, drops, min(power_of_two(size), 2048)))
+    return Plan(_kernels().through_filters, (filters,), (size, sums, plain, min(power_of_two(size), 2048)))
 
 
 @planned
@@ -172,13 +197,14 @@ def _through_moments(
     at: Windows,
     p: float,
     drops: bool,
+    plain: bool,
     dtype: torch.dtype,
 ) -> Launch:
     layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     of_x, kernel = layout_of(shape, strides_of_x), _kernels().through_moments
     numbers = (
         dropout_threshold(p), positions, channels, *layout, *of_x, *three(shape[2:])[1:],
-        *three(windows), *places(at), 1 - p, drops, power_of_two(at.positions),
+        *three(windows), *places(at), 1 - p, drops, plain, power_of_two(at.positions),
     )  # fmt: skip
 
     def plan(way: Way) -> Plan:
@@ -186,7 +212,7 @@ def _through_moments(
         grid = (n * -(-positions // rows), -(-channels // columns))
         return Plan(kernel, grid, (*numbers, rows, columns), way.of_warps(4))
 
-    return Tuned(plan, (class_of(shape, layout, of_x), at.kernel, at.stride, dtype, drops), overwritten=(0,))
+    return Tuned(plan, (class_of(shape, layout, of_x), at.kernel, at.stride, dtype, drops, plain), overwritten=(0,))
 
 
 class TritonStages(Stages):
@@ -206,11 +232,21 @@ class TritonStages(Stages):
         _centering(weight.shape, (weight.dtype, dtype))(weight, centered, total, rest)
         return Filters(centered, total, rest if rounds(dtype) else None)
 
+    def group_means(self, x: Tensor, at: Windows, groups: int, like: Tensor) -> Tensor:
+        n, places = len(like), like.shape[2:]
+        if channels_are_last(like):
+            own = x.new_empty((n, *places, groups), dtype=torch.float32).movedim(-1, 1)
+        else:
+            own = x.new_empty((n, groups, *places), dtype=torch.float32)
+        _grouping(x.shape, x.stride(), own.shape, own.stride(), at, x.dtype)(x, own)
+        return own
+
     def normalized(
         self,
         z: Tensor,
         pixels: Pixels,
         filters: Filters,
+        own: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         at: Windows,
@@ -218,7 +254,7 @@ class TritonStages(Stages):
         eps: float,
         relu: bool,
     ) -> Normalized:
-        drops = pixels.own is not None
+        drops = pixels.own is not None and own is None
         z = z if steps(z.shape, z.stride()) else z.contiguous()
         found = _fields(3 if drops else 2, z)
         mean, scale, apart = found if drops else (*found, None)
@@ -227,9 +263,12 @@ class TritonStages(Stages):
         residual = None if residual is None else laid_out(residual, z)
         plan = _normalizing(
             z.shape, z.stride(), pixels.mean.shape[2:], at, p, eps, drops, filters.rest is not None,
-            residual is not None, alone, relu, dtypes_of(z, bias),
+            residual is not None, alone, relu, dtypes_of(z, bias), None if own is None else (own.shape, own.stride()),
         )  # fmt: skip
-        plan(z, y, residual, *pixels, filters.total, filters.rest, bias, mean, scale, apart)
+        plan(
+            z, y, residual, pixels.mean, pixels.var, pixels.own if own is None else own, filters.total, filters.rest,
+            bias, mean, scale, apart,
+        )  # fmt: skip
         return Normalized(y, mean, scale, apart, z if alone else None)
 
     def pulled(
@@ -241,38 +280,48 @@ class TritonStages(Stages):
         residual: Tensor | None,
         at: Windows,
         relu: bool,
+        plain: bool,
     ) -> Pulled:
-        y, drops = done.y, done.apart is not None
+        y, apart = done.y, done.mean if plain else done.apart
+        sums = apart is not None
         taken = None if residual is None or done.own is not None else laid_out(residual, y)
         h = torch.empty_like(y)
         masked = torch.empty_like(y) if relu and residual is not None else None
-        found = _fields(2 if drops else 1, y)
-        g_var, g_own = found if drops else (found[0], None)
+        found = _fields(2 if sums else 1, y)
+        g_var, g_own = found if sums else (found[0], None)
         plan, adding_up, programs = _pulling(
-            y.shape, y.stride(), drops, done.own is not None, taken is not None, relu, masked is not None,
+            y.shape, y.stride(), sums, plain, done.own is not None, taken is not None, relu, masked is not None,
             dtypes_of(y, bias),
         )  # fmt: skip
-        partial = y.new_empty((programs, 1 + drops, y.shape[1]), dtype=torch.float32)
-        sums = partial.new_empty(partial.shape[1:])
+        partial = y.new_empty((programs, 1 + sums, y.shape[1]), dtype=torch.float32)
+        whole = partial.new_empty(partial.shape[1:])
         plan(
-            gradient, y, done.own, taken, bias, total, done.scale, done.apart, h, masked, g_var, g_own, partial,
+            gradient, y, done.own, taken, bias, total, done.scale, apart, h, masked, g_var, g_own, partial,
         )  # fmt: skip
-        adding_up(partial, sums)
-        g_bias, g_total = sums.unbind() if drops else (sums[0], None)
+        adding_up(partial, whole)
+        g_bias, g_total = whole.unbind() if sums else (whole[0], None)
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
-    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype, plain: bool) -> Tensor:
         g = filters_as_rows(g_convolved)
         g_weight = torch.empty_like(g, dtype=dtype)
-        _through_filters(g.shape, g_total is not None, (g.dtype, dtype))(g, g_weight, g_total)
+        _through_filters(g.shape, g_total is not None, plain, (g.dtype, dtype))(g, g_weight, g_total)
         return g_weight
 
     def through_moments(
-        self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
+        self,
+        g_x: Tensor,
+        x: Tensor,
+        done: Normalized,
+        back: Pulled,
+        at: Windows,
+        p: float,
+        seed: Tensor | None,
+        plain: bool,
     ) -> Tensor:
         g_x = g_x if steps(g_x.shape, g_x.stride()) else torch.empty_like(x).copy_(g_x)
         windows, drops = done.mean.shape[2:], seed is not None
-        plan = _through_moments(x.shape, g_x.stride(), x.stride(), windows, at, p, drops, x.dtype)
+        plan = _through_moments(x.shape, g_x.stride(), x.stride(), windows, at, p, drops, plain, x.dtype)
         plan(g_x, x, done.mean, back.var, back.own, seed)
         return g_x
 

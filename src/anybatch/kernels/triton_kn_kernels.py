@@ -93,13 +93,61 @@ def _tap(tap, KH, KW):
 
 
 @triton.jit
+def group_means(
+    x_ptr,  # (N, C, *)
+    own_ptr,  # (N, G, *)
+    windows,
+    groups,  # G
+    size,  # C / G
+    stride_n,
+    stride_p,
+    stride_c,
+    stride_own_n,
+    stride_own_w,
+    stride_own_g,
+    D, H, W,  # of the input
+    OH, OW,  # of the output
+    KD, KH, KW,
+    SD, SH, SW,
+    PD, PH, PW,
+    LD, LH, LW,
+    BLOCK_W: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # of channels of each of these groups
+):  # fmt: skip
+    n, window = _rows(windows, BLOCK_W)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    channel = tl.arange(0, BLOCK_C)
+    there = (window < windows)[:, None, None] & (group < groups)[None, :, None]
+    first_d = window // (OH * OW) * SD - PD
+    first_h = window // OW % OH * SH - PH
+    first_w = window % OW * SW - PW
+    x_ptr += n * stride_n
+    sums = tl.zeros((BLOCK_W, BLOCK_G, BLOCK_C), tl.float32)
+    for tap in range(0, KD * KH * KW):
+        a, b, c = _tap(tap, KH, KW)
+        d, h, w = first_d + a * LD, first_h + b * LH, first_w + c * LW
+        inside = (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        place = ((d * H + h) * W + w) * stride_p
+        for first in range(0, size, BLOCK_C):
+            within = first + channel
+            at = (group * size)[:, None] + within[None, :]
+            mask = there & inside[:, None, None] & (within < size)[None, None, :]
+            x = tl.load(x_ptr + place[:, None, None] + at[None, :, :] * stride_c, mask=mask, other=0.0)
+            sums += x.to(tl.float32)
+    own = tl.sum(sums, axis=2) / (KD * KH * KW * size)
+    at = n * stride_own_n + window[:, None] * stride_own_w + group[None, :] * stride_own_g
+    tl.store(own_ptr + at, own, mask=(window < windows)[:, None] & (group < groups)[None, :])
+
+
+@triton.jit
 def normalized(
     z_ptr,  # (N, O, *), overwritten by what the convolution gives
     y_ptr,  # (N, O, *), may be z
     residual_ptr,  # (N, O, *)
     pixel_mean_ptr,  # (N pixels,), as the next two
     pixel_var_ptr,
-    pixel_own_ptr,
+    own_ptr,  # (N pixels,), or where GROUPED (N, G, *) of windows
     total_ptr,  # (O,), as the next two
     rest_ptr,
     bias_ptr,
@@ -111,6 +159,10 @@ def normalized(
     stride_n,
     stride_w,
     stride_o,
+    per_group,  # O / G
+    stride_own_n,
+    stride_own_w,
+    stride_own_g,
     D, H, W,  # of the input
     OH, OW,  # of the output
     KD, KH, KW,
@@ -119,7 +171,8 @@ def normalized(
     LD, LH, LW,  # dilation
     kept_rate,  # 1 - p
     eps,
-    DROPS: tl.constexpr,
+    DROPS: tl.constexpr,  # and all filters read all channels
+    GROUPED: tl.constexpr,
     RESTS: tl.constexpr,
     BIASED: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -153,7 +206,7 @@ def normalized(
     scale = 1.0 / tl.sqrt(var / (kept_rate * kept_rate) + eps)
     own = mean
     if DROPS:
-        own = tl.sum(tl.load(pixel_own_ptr + at, mask=inside, other=0.0), axis=1) / taps
+        own = tl.sum(tl.load(own_ptr + at, mask=inside, other=0.0), axis=1) / taps
     if tl.program_id(1) == 0:
         tl.store(mean_ptr + row, mean, mask=there)
         tl.store(scale_ptr + row, scale, mask=there)
@@ -164,12 +217,16 @@ def normalized(
     mask = there[:, None] & (o < filters)[None, :]
     place = window[:, None] * stride_w + o[None, :] * stride_o
     y = tl.load(z_ptr + n * stride_n + place, mask=mask, other=0.0).to(tl.float32)
+    own = own[:, None]
+    if GROUPED:
+        at_own = n * stride_own_n + window[:, None] * stride_own_w + (o // per_group)[None, :] * stride_own_g
+        own = tl.load(own_ptr + at_own, mask=mask, other=0.0)
     if RESTS:
         rest = tl.load(rest_ptr + o, mask=o < filters, other=0.0)
-        y -= own[:, None] * rest[None, :]
-    if DROPS:
+        y -= own * rest[None, :]
+    if DROPS or GROUPED:
         total = tl.load(total_ptr + o, mask=o < filters, other=0.0)
-        y += (own - mean)[:, None] * total[None, :]
+        y += (own - mean[:, None]) * total[None, :]
     y *= scale[:, None]
     if BIASED:
         y += tl.load(bias_ptr + o, mask=o < filters, other=0.0).to(tl.float32)[None, :]
@@ -185,9 +242,9 @@ def normalized(
 
 
 @triton.jit
-def _store_of_windows(var_ptr, own_ptr, along, through, scale, row, there, DROPS: tl.constexpr):
+def _store_of_windows(var_ptr, own_ptr, along, through, scale, row, there, SUMS: tl.constexpr):
     tl.store(var_ptr + row, -0.5 * scale * scale * along, mask=there)
-    if DROPS:
+    if SUMS:
         tl.store(own_ptr + row, through, mask=there)
 
 
@@ -211,7 +268,8 @@ def pulled(
     stride_n,
     stride_w,
     stride_o,
-    DROPS: tl.constexpr,
+    SUMS: tl.constexpr,  # whether sums of filters count: with dropout, and where PLAIN
+    PLAIN: tl.constexpr,  # whether they count less the window's mean, which apart_ptr then is, not apart
     BIASED: tl.constexpr,
     ALONE: tl.constexpr,  # whether own is not y
     SUBTRACTS: tl.constexpr,
@@ -237,7 +295,7 @@ def pulled(
         g_total = tl.zeros((BLOCK_W, BLOCK_O), tl.float32)
         if BIASED:
             bias = tl.load(bias_ptr + o, mask=real, other=0.0).to(tl.float32)
-        if DROPS:
+        if SUMS:
             total = tl.load(total_ptr + o, mask=real, other=0.0)
         for block in range(0, ROWS, BLOCK_W):
             window = start + block + tl.arange(0, BLOCK_W)
@@ -266,25 +324,27 @@ def pulled(
                 along = tl.sum(g * own, axis=1)
             else:
                 along += tl.sum(g * own, axis=1)
-            if DROPS:
+            if SUMS:
                 apart = tl.load(apart_ptr + row, mask=there, other=0.0)
+                if PLAIN:
+                    apart = -apart
                 g_total += h * apart[:, None]
                 if ALL:
                     through = tl.sum(h * total[None, :], axis=1)
                 else:
                     through += tl.sum(h * total[None, :], axis=1)
             if ALL:
-                _store_of_windows(g_var_ptr, g_own_ptr, along, through, scale, row, there, DROPS)
-        at = partial_ptr + program.to(tl.int64) * (1 + DROPS) * filters + o
+                _store_of_windows(g_var_ptr, g_own_ptr, along, through, scale, row, there, SUMS)
+        at = partial_ptr + program.to(tl.int64) * (1 + SUMS) * filters + o
         tl.store(at, tl.sum(g_bias, axis=0), mask=real)
-        if DROPS:
+        if SUMS:
             tl.store(at + filters, tl.sum(g_total, axis=0), mask=real)
     if not ALL:
         window = start + tl.arange(0, BLOCK_W)
         row = n * windows + window
         there = window < windows
         scale = tl.load(scale_ptr + row, mask=there, other=0.0)
-        _store_of_windows(g_var_ptr, g_own_ptr, along, through, scale, row, there, DROPS)
+        _store_of_windows(g_var_ptr, g_own_ptr, along, through, scale, row, there, SUMS)
 
 
 @triton.jit
@@ -312,6 +372,7 @@ def through_moments(
     LD, LH, LW,
     kept_rate,
     DROPS: tl.constexpr,
+    PLAIN: tl.constexpr,  # whether g_own goes through the mean after dropout alone
     TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -333,7 +394,7 @@ def through_moments(
     slope = tl.sum(slopes, axis=1)
     offset = -tl.sum(slopes * means, axis=1)
     own = slope
-    if DROPS:
+    if DROPS or PLAIN:
         own = tl.sum(tl.load(g_own_ptr + at, mask=meets, other=0.0), axis=1)
         offset -= own / kept_rate
     size = KD * KH * KW * channels
@@ -347,7 +408,8 @@ def through_moments(
     through = slope[:, None] * x + offset[:, None]
     if DROPS:
         through = tl.where(_kept(seed_ptr, n, place, first, channels, threshold, BLOCK_C), through, 0.0)
-        through += own[:, None]
+        if not PLAIN:
+            through += own[:, None]
     g = tl.load(g_ptr + at_g, mask=mask, other=0.0).to(tl.float32) + through
     tl.store(g_ptr + at_g, rounded(g, g_ptr.dtype.element_ty), mask=mask)
 
@@ -385,16 +447,19 @@ def through_filters(
     g_weight_ptr,
     g_total_ptr,  # (O,)
     size,  # S
-    DROPS: tl.constexpr,
+    SUMS: tl.constexpr,
+    PLAIN: tl.constexpr,  # whether filters were convolved as they are
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, size, BLOCK):
-        s = first + tl.arange(0, BLOCK)
-        sums += tl.load(g_ptr + row * size + s, mask=s < size, other=0.0).to(tl.float32)
-    shift = -tl.sum(sums, axis=0) / size
-    if DROPS:
+    shift = 0.0
+    if not PLAIN:
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, size, BLOCK):
+            s = first + tl.arange(0, BLOCK)
+            sums += tl.load(g_ptr + row * size + s, mask=s < size, other=0.0).to(tl.float32)
+        shift = -tl.sum(sums, axis=0) / size
+    if SUMS:
         shift += tl.load(g_total_ptr + row)
     for first in range(0, size, BLOCK):
         s = first + tl.arange(0, BLOCK)
