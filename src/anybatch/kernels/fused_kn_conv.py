@@ -12,8 +12,8 @@ channels, so their gradients are spread over the positions by the transposed ave
 
 In groups of channels each group reads a mean of its own, so that ``own`` is one map a group. Backward takes z + own s
 for the convolution with filters as they are, which it is, and neither keeps these maps nor spreads their gradients. In
-half precision the filters' gradient is then rounded with ``mean u'`` in it: at a mean of 100 deviations it errs by half
-as much again as that of centered filters.
+half precision the filters' gradient is then rounded with ``mean u'`` in it, and errs up to 1.4 times as much as that of
+centered filters where the mean is 3 deviations or more (docs/log.md).
 """
 
 from __future__ import annotations
