@@ -101,11 +101,11 @@ def convolutions(x: Tensor) -> None:
     ):
         at, seed, plain = windows(2, size, padding=size // 2), torch.tensor(0) if p else None, groups > 1
         weight, bias = torch.zeros(x.shape[1], 2, size, size, **wide), torch.zeros(x.shape[1], **wide)
-        pixels, filters = stages.pixels(x, p, seed), stages.filters(weight, x.dtype)
+        pixels, filters = stages.pixels(x, p, seed, plain), stages.filters(weight, x.dtype)
         own = stages.group_means(x, at, groups, x) if plain else None
         done = stages.normalized(torch.empty_like(x), pixels, filters, own, bias, residual, at, p, 1e-5, True)
-        back = stages.pulled(torch.empty_like(x), done, filters.total, bias, residual, at, True, plain)
-        stages.through_filters(filters.convolved, back.total, weight.dtype, plain)
+        back = stages.pulled(torch.empty_like(x), done, filters.total, own, bias, residual, at, True)
+        stages.through_filters(filters.convolved, back.total, weight.dtype)
         stages.through_moments(torch.empty_like(x), x, done, back, at, p, seed, plain)
 
 

@@ -152,6 +152,12 @@ def test_large_means(geometry: str, way: str, mean: float) -> None:
     assert_errs_little(geometry, way, torch.float32, last=True, mean=mean)
 
 
+@pytest.mark.parametrize("mean", [10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("geometry", ["3x3", "groups", "each channel"])
+def test_large_means_in_half_precision(geometry: str, mean: float) -> None:
+    assert_errs_little(geometry, "plain", torch.bfloat16, last=True, mean=mean, weights=torch.float32)
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("geometry", ["3x3 halved", "groups"])
@@ -165,10 +171,10 @@ def test_a_sample_is_the_same_to_the_last_bit_alone_and_in_a_batch(geometry: str
 
     def one(n: int) -> list[Tensor]:
         filters = stages.filters(weight, x.dtype)
-        pixels = stages.pixels(x[:n], p, seed)
+        pixels = stages.pixels(x[:n], p, seed, plain)
         own = stages.group_means(x[:n], at, groups, z[:n]) if plain else None
         done = stages.normalized(z[:n].clone(), pixels, filters, own, bias, None, at, p, 1e-5, True)
-        back = stages.pulled(g[:n], done, filters.total, bias, None, at, True, plain)
+        back = stages.pulled(g[:n], done, filters.total, own, bias, None, at, True)
         through = stages.through_moments(g_x[:n].clone(), x[:n], done, back, at, p, seed, plain)
         found = [*pixels, done.y, done.mean, done.scale, done.apart, back.z, back.var, back.own, through]
         return [t[:1] for t in found if t is not None]

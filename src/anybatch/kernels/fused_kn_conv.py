@@ -10,10 +10,8 @@ The last needs the output alone, and only where g is not 0: behind a ReLU its ow
 sum gave less what was added. Window means and variances are averages over positions of means and variances over
 channels, so their gradients are spread over the positions by the transposed average.
 
-In groups of channels each group reads a mean of its own, so that ``own`` is one map a group. Backward takes z + own s
-for the convolution with filters as they are, which it is, and neither keeps these maps nor spreads their gradients. In
-half precision the filters' gradient is then rounded with ``mean u'`` in it, and errs up to 1.4 times as much as that of
-centered filters where the mean is 3 deviations or more (docs/log.md).
+In groups of channels each group reads a mean of its own, so that ``own`` is one map a group, which backward makes anew.
+The gradient of ``x`` goes through z + own s as through the convolution with filters as they are, which it is.
 """
 
 from __future__ import annotations
@@ -93,7 +91,7 @@ def normalized_conv(
     centered: bool = False,
 ) -> tuple[Filters, Normalized]:
     """The filters as backward convolves them, and the result with what backward needs of how it came about."""
-    pixels = stages.pixels(x, p, seed)
+    pixels = stages.pixels(x, p, seed, grouped=groups > 1)
     # Half precision rounds what was centered, and its sum is needed.
     constant = centered and weight.dtype == x.dtype and x.dtype.itemsize >= 4
     filters = Filters(weight, weight.new_zeros(len(weight)), None) if constant else stages.filters(weight, x.dtype)
@@ -104,7 +102,16 @@ def normalized_conv(
     if stages.centers and groups > 1 and not constant:
         own = stages.group_means(x, at, groups, z)
     done = stages.normalized(z, pixels, filters, own, bias, residual, at, p, eps, relu)
-    return filters if own is None else filters._replace(convolved=weight.to(x.dtype), rest=None), done
+    return _of_backward(filters, stages, groups, weight), done
+
+
+def _is_plain(stages: Stages, groups: int) -> bool:
+    return groups > 1 or not stages.centers
+
+
+def _of_backward(filters: Filters, stages: Stages, groups: int, weight: Tensor) -> Filters:
+    """What backward convolves, before it is rounded as the activations are."""
+    return filters._replace(convolved=weight, rest=None) if _is_plain(stages, groups) else filters
 
 
 class Gradients(NamedTuple):
@@ -137,19 +144,17 @@ def pulled_back(
     Args:
         filters: Those of `normalized_conv`; None to make them anew.
     """
-    plain = groups > 1 or not stages.centers
     if filters is None:
-        filters = stages.filters(weight, x.dtype)
-        if plain:
-            filters = filters._replace(convolved=weight.to(x.dtype))
+        filters = _of_backward(stages.filters(weight, x.dtype), stages, groups, weight)
     gradient = laid_out(gradient, done.y)  # an expanded one, say
-    back = stages.pulled(gradient, done, filters.total, bias, residual, at, relu, plain)
+    own = stages.group_means(x, at, groups, done.y) if stages.centers and groups > 1 else None
+    back = stages.pulled(gradient, done, filters.total, own, bias, residual, at, relu)
     geometry = (at.stride, at.symmetric, at.dilation, False, [0] * len(at.kernel), groups)
     wanted = (*needs, False)
-    g_x, g_convolved, _ = convolution_backward(back.z, x, filters.convolved, None, *geometry, wanted)
-    g_weight = None if g_convolved is None else stages.through_filters(g_convolved, back.total, weight.dtype, plain)
+    g_x, g_convolved, _ = convolution_backward(back.z, x, filters.convolved.to(x.dtype), None, *geometry, wanted)
+    g_weight = None if g_convolved is None else stages.through_filters(g_convolved, back.total, weight.dtype)
     if g_x is not None:
-        g_x = stages.through_moments(g_x, x, done, back, at, p, seed, plain)
+        g_x = stages.through_moments(g_x, x, done, back, at, p, seed, _is_plain(stages, groups))
     g_bias = None if bias is None else back.bias.to(bias.dtype)
     return Gradients(g_x, g_weight, g_bias, None if residual is None else back.residual)
 

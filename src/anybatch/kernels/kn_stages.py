@@ -26,7 +26,7 @@ class Pixels(NamedTuple):
     """Of what dropout leaves, not scaled up; so is the variance."""
     var: Tensor
     own: Tensor | None
-    """The mean of all values; None without dropout, and where filters are convolved as they are."""
+    """The mean of all values; None without dropout, in groups, and where filters are convolved as they are."""
 
 
 class Filters(NamedTuple):
@@ -49,7 +49,7 @@ class Normalized(NamedTuple):
     scale: Tensor
     """1 / sqrt(var + eps)."""
     apart: Tensor | None
-    """A window's mean less that after dropout; None without dropout, and where backward is plain."""
+    """A window's mean less that after dropout; None where `Pixels.own` is."""
     own: Tensor | None
     """What the convolution gave, where its rounded sum with the skip connection does not tell it."""
 
@@ -74,8 +74,8 @@ class Pulled(NamedTuple):
 class Stages:
     """Stages without state; each takes and gives tensors in the memory format of the activations.
 
-    What takes ``plain`` is told whether backward convolves with filters as they are, not centered: to their output the
-    mean of a window has then added ``own s`` already, and only ``-mean u' s`` is taken back behind it.
+    Backward is ``plain`` where it convolves with filters as they are: where they are not centered, and in groups, where
+    to ``z`` the mean of what a group reads has then added ``own s`` already, and ``-mean u' s`` is all that is left.
     """
 
     centers: ClassVar[bool] = True
@@ -83,11 +83,12 @@ class Stages:
     keeps_filters: ClassVar[bool] = False
     """Whether `Filters` are kept for backward in place of being made anew there."""
 
-    def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
-        """The moments over channels, after dropout and without."""
+    def pixels(self, x: Tensor, p: float, seed: Tensor | None, grouped: bool) -> Pixels:
+        """The moments over channels, after dropout and, where they are not grouped, without."""
         if seed is None:
             return Pixels(*_pixel_moments(x), None)
-        return Pixels(*_pixel_moments(x * dropout_mask(x, p, seed)), widened(x).mean(1, keepdim=True))
+        own = None if grouped else widened(x).mean(1, keepdim=True)
+        return Pixels(*_pixel_moments(x * dropout_mask(x, p, seed)), own)
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
         """Each filter less its mean, rounded to the activations' dtype."""
@@ -118,7 +119,7 @@ class Stages:
         """``relu((z + (own - mean) total - own rest) / sqrt(var + eps) + bias + residual)``; may overwrite ``z``.
 
         Args:
-            own: Of `group_means`; None where all filters read all channels, or `centers` is False.
+            own: Of `group_means`; None where all filters read all channels or sum to 0, or `centers` is False.
         """
         wide, dtype = pixels.mean.dtype, z.dtype
         mean, var = _moments(pixels.mean, pixels.var, at)
@@ -127,14 +128,13 @@ class Stages:
         scale = torch.rsqrt(var + eps)
         apart = None
         if own is not None:
-            own = own.repeat_interleave(z.shape[1] // own.shape[1], 1)
-            z = torch.addcmul(z.to(wide), own - mean, per_filter(filters.total, at))
+            z = z.to(wide) + _by_groups(own - mean, filters.total)
         elif pixels.own is not None:
             own = _mean_over(pixels.own, at)
             apart = own - mean
             z = torch.addcmul(z.to(wide), apart, per_filter(filters.total, at))
         if filters.rest is not None:
-            z = torch.addcmul(z.to(wide), mean if own is None else own, per_filter(filters.rest, at), value=-1)
+            z = z.to(wide) - _by_groups(mean if own is None else own, filters.rest)
         z = z.to(wide)
         y = z * scale if bias is None else torch.addcmul(per_filter(bias.to(wide), at), z, scale)
         y, alone = y.to(dtype), None
@@ -150,35 +150,34 @@ class Stages:
         gradient: Tensor,
         done: Normalized,
         total: Tensor,
+        own: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         at: Windows,
         relu: bool,
-        plain: bool,
     ) -> Pulled:
-        """Through the activation and the epilogue; ``total`` is that of `Filters`."""
+        """Through the activation and the epilogue; ``total`` is that of `Filters`, ``own`` of `group_means`."""
         wide, over = done.scale.dtype, (0, *range(2, gradient.dim()))
         g = torch.ops.aten.threshold_backward(gradient, done.y, 0) if relu else gradient
         g_wide = g.to(wide)
-        own = done.y if done.own is None else done.own
-        own = own.to(wide) - residual if residual is not None and done.own is None else own.to(wide, copy=True)
+        alone = done.y if done.own is None else done.own
+        alone = alone.to(wide) - residual if residual is not None and done.own is None else alone.to(wide, copy=True)
         if bias is not None:
-            own = own.sub_(per_filter(bias.to(wide), at))
-        along = own.mul_(g_wide).sum(1, keepdim=True)
+            alone = alone.sub_(per_filter(bias.to(wide), at))
+        along = alone.mul_(g_wide).sum(1, keepdim=True)
         h = g_wide * done.scale
         g_own = g_total = None
-        apart = -done.mean if plain else done.apart
+        apart = done.apart if own is None else own - done.mean
         if apart is not None:
-            g_total = (h * apart).sum(over)
+            g_total = (h.unflatten(1, (apart.shape[1], -1)) * apart.unsqueeze(2)).flatten(1, 2).sum(over)
             g_own = (h * per_filter(total, at)).sum(1, keepdim=True)
         g_bias = g.sum(over, dtype=wide)
         return Pulled(g, h.to(g.dtype), -0.5 * done.scale.square() * along, g_own, g_bias, g_total)
 
-    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype, plain: bool) -> Tensor:
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The weight's gradient from those of what was convolved, which it may overwrite, and of the filters' sums."""
         g = widened(g_convolved)
-        if not plain:
-            g -= g.mean(tuple(range(1, g.dim())), keepdim=True)
+        g -= g.mean(tuple(range(1, g.dim())), keepdim=True)
         if g_total is not None:
             g += g_total.reshape(-1, *[1] * (g.dim() - 1))
         return g.to(dtype)
@@ -209,6 +208,13 @@ class Stages:
         if g_own is not None and not plain:
             through += spread[:, 3:]
         return through.to(x.dtype)
+
+
+def _by_groups(values: Tensor, factors_o: Tensor) -> Tensor:
+    """(N, O, *): maps of one value a group, (N, G, *), times a number for each filter."""
+    groups = values.shape[1]
+    factors = factors_o.reshape([groups, -1] + [1] * (values.dim() - 2))
+    return (values.unsqueeze(2) * factors).flatten(1, 2)
 
 
 def per_filter(values_o: Tensor, at: Windows) -> Tensor:

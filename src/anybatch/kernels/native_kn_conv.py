@@ -53,7 +53,7 @@ class NativeStages(Stages):
     centers = False
     keeps_filters = True  # of which the weight itself is one and their sums are few
 
-    def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
+    def pixels(self, x: Tensor, p: float, seed: Tensor | None, grouped: bool) -> Pixels:
         mean, var = _fields(x, x.shape[2:]), _fields(x, x.shape[2:])
         function("kn_pixels", "pppipp")(as_map(x.shape, x.stride()), x, seed, dropout_threshold(p), mean, var)
         return Pixels(mean, var, None)
@@ -89,11 +89,11 @@ class NativeStages(Stages):
         gradient: Tensor,
         done: Normalized,
         total: Tensor,
+        own: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         at: Windows,
         relu: bool,
-        plain: bool,
     ) -> Pulled:
         y = done.y
         beside = None if residual is None else laid_out(residual, y)
@@ -106,7 +106,7 @@ class NativeStages(Stages):
         function("kn_pulled", "ppppppppipppppp")(as_map(y.shape, y.stride()), *given, *to)
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
-    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype, plain: bool) -> Tensor:
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         assert g_total is not None
         return g_convolved.add_(g_total.view(-1, *[1] * (g_convolved.dim() - 1)))
 

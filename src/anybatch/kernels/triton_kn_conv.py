@@ -1,6 +1,6 @@
 """KNConv's stages as Triton kernels, on CUDA: three launches beside the convolution forward and four backward.
 
-In groups of channels it is one more forward.
+In groups of channels it is one more each way, and what rounds filters for autocast.
 
 What a program reads at once is chosen by the number of channels, the memory format and the positions of one sample,
 never by the batch; only the number of rows whose parameter gradients one program adds up depends on it.
@@ -77,15 +77,17 @@ def _blocks(channels: int, positions: int, layout: Layout, tile: int = _TILE) ->
 
 
 @planned
-def _pixels(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, p: float, drops: bool) -> Launch:
+def _pixels(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, p: float, drops: bool, own: bool
+) -> Launch:
     layout, (n, channels), positions = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
-    kernel, numbers = _kernels().pixel_moments, (dropout_threshold(p), positions, channels, *layout, drops)
+    kernel, numbers = _kernels().pixel_moments, (dropout_threshold(p), positions, channels, *layout, drops, own)
 
     def plan(way: Way) -> Plan:
         rows, columns = _blocks(channels, positions, layout, way.of_values(_TILE))
         return Plan(kernel, (n * -(-positions // rows),), (*numbers, rows, columns), way.of_warps(4))
 
-    return Tuned(plan, (class_of(shape, layout), dtype, drops))
+    return Tuned(plan, (class_of(shape, layout), dtype, drops, own))
 
 
 @planned
@@ -114,6 +116,19 @@ def _grouping(
     return Tuned(plan, (class_of(shape, layout), power_of_two(groups), at.kernel, at.stride, dtype))
 
 
+_Own = tuple[torch.Size, tuple[int, ...]] | None
+"""Shape and strides of means of groups."""
+
+
+def _of_groups(own: _Own, filters: int) -> tuple[int, ...]:
+    """Filters a group, and the layout."""
+    return (1, 0, 0, 0) if own is None else (filters // own[0][1], *layout_of(*own))
+
+
+def _how_it_lies(own: Tensor | None) -> _Own:
+    return None if own is None else (own.shape, own.stride())
+
+
 @planned
 def _normalizing(
     shape: torch.Size,
@@ -128,14 +143,13 @@ def _normalizing(
     alone: bool,
     relu: bool,
     dtypes: Dtypes,
-    own: tuple[torch.Size, tuple[int, ...]] | None,
+    own: _Own,
 ) -> Launch:
     layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
-    of_own = (1, 0, 0, 0) if own is None else (filters // own[0][1], *layout_of(*own))
     kernel, flags = _kernels().normalized, (drops, own is not None, rests, dtypes[1] is not None, residual, alone, relu)
     numbers = (
-        windows, filters, *layout, *of_own, *three(positions), *three(shape[2:])[1:], *places(at), 1 - p, eps,
-        *flags, power_of_two(at.positions),
+        windows, filters, *layout, *_of_groups(own, filters), *three(positions), *three(shape[2:])[1:], *places(at),
+        1 - p, eps, *flags, power_of_two(at.positions),
     )  # fmt: skip
 
     def plan(way: Way) -> Plan:
@@ -157,12 +171,12 @@ def _pulling(
     shape: torch.Size,
     strides: tuple[int, ...],
     sums: bool,
-    plain: bool,
     alone: bool,
     subtracts: bool,
     relu: bool,
     masked: bool,
     dtypes: Dtypes,
+    own: _Own,
 ) -> _Pulling:
     layout, (n, filters), windows = layout_of(shape, strides), shape[:2], math.prod(shape[2:])
     rows, columns = _blocks(filters, windows, layout, _TILE // 2)  # of several tensors
@@ -170,22 +184,22 @@ def _pulling(
     while sees_all and together < windows and n * windows > 512 * together:
         together *= 2  # fewer sums to add up where there are programs enough for every processor
     programs = n * -(-windows // together)
-    kernel, flags = _kernels().pulled, (sums, plain, dtypes[1] is not None, alone, subtracts, relu, masked)
-    numbers = (windows, filters, *layout, *flags, sees_all, together)
+    kernel, flags = _kernels().pulled, (sums, own is not None, dtypes[1] is not None, alone, subtracts, relu, masked)
+    numbers = (windows, filters, *layout, *_of_groups(own, filters), *flags, sees_all, together)
 
     def plan(way: Way) -> Plan:
         at_once = way.of_values(rows) if sees_all else rows
         return Plan(kernel, (programs,), (*numbers, at_once, columns), way.of_warps(4))
 
-    numbers_each = filters * (1 + sums)
-    adding_up = Plan(pieces().added_up, (-(-numbers_each // 16),), (programs, numbers_each, 64, 16))
+    width = filters * (1 + sums)
+    adding_up = Plan(pieces().added_up, (-(-width // 16),), (programs, width, 64, 16))
     return _Pulling(Tuned(plan, (class_of(shape, layout), flags, dtypes)), adding_up, programs)
 
 
 @planned
-def _through_filters(shape: torch.Size, sums: bool, plain: bool, _: Dtypes) -> Plan:
+def _through_filters(shape: torch.Size, sums: bool, _: Dtypes) -> Plan:
     filters, size = shape[0], math.prod(shape[1:])
-    return Plan(_kernels().through_filters, (filters,), (size, sums, plain, min(power_of_two(size), 2048)))
+    return Plan(_kernels().through_filters, (filters,), (size, sums, min(power_of_two(size), 2048)))
 
 
 @planned
@@ -218,10 +232,11 @@ def _through_moments(
 class TritonStages(Stages):
     keeps_filters = True  # as autocast keeps its rounded weights
 
-    def pixels(self, x: Tensor, p: float, seed: Tensor | None) -> Pixels:
-        found = _fields(3 if seed is not None else 2, x)
-        mean, var, own = found if seed is not None else (*found, None)
-        _pixels(x.shape, x.stride(), x.dtype, p, seed is not None)(x, mean, var, own, seed)
+    def pixels(self, x: Tensor, p: float, seed: Tensor | None, grouped: bool) -> Pixels:
+        parts = seed is not None and not grouped
+        found = _fields(3 if parts else 2, x)
+        mean, var, own = found if parts else (*found, None)
+        _pixels(x.shape, x.stride(), x.dtype, p, seed is not None, parts)(x, mean, var, own, seed)
         return Pixels(mean, var, own)
 
     def filters(self, weight: Tensor, dtype: torch.dtype) -> Filters:
@@ -254,7 +269,7 @@ class TritonStages(Stages):
         eps: float,
         relu: bool,
     ) -> Normalized:
-        drops = pixels.own is not None and own is None
+        drops = pixels.own is not None
         z = z if steps(z.shape, z.stride()) else z.contiguous()
         found = _fields(3 if drops else 2, z)
         mean, scale, apart = found if drops else (*found, None)
@@ -263,7 +278,7 @@ class TritonStages(Stages):
         residual = None if residual is None else laid_out(residual, z)
         plan = _normalizing(
             z.shape, z.stride(), pixels.mean.shape[2:], at, p, eps, drops, filters.rest is not None,
-            residual is not None, alone, relu, dtypes_of(z, bias), None if own is None else (own.shape, own.stride()),
+            residual is not None, alone, relu, dtypes_of(z, bias), _how_it_lies(own),
         )  # fmt: skip
         plan(
             z, y, residual, pixels.mean, pixels.var, pixels.own if own is None else own, filters.total, filters.rest,
@@ -276,13 +291,13 @@ class TritonStages(Stages):
         gradient: Tensor,
         done: Normalized,
         total: Tensor,
+        own: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         at: Windows,
         relu: bool,
-        plain: bool,
     ) -> Pulled:
-        y, apart = done.y, done.mean if plain else done.apart
+        y, apart = done.y, done.apart if own is None else done.mean
         sums = apart is not None
         taken = None if residual is None or done.own is not None else laid_out(residual, y)
         h = torch.empty_like(y)
@@ -290,22 +305,22 @@ class TritonStages(Stages):
         found = _fields(2 if sums else 1, y)
         g_var, g_own = found if sums else (found[0], None)
         plan, adding_up, programs = _pulling(
-            y.shape, y.stride(), sums, plain, done.own is not None, taken is not None, relu, masked is not None,
-            dtypes_of(y, bias),
+            y.shape, y.stride(), sums, done.own is not None, taken is not None, relu, masked is not None,
+            dtypes_of(y, bias), _how_it_lies(own),
         )  # fmt: skip
         partial = y.new_empty((programs, 1 + sums, y.shape[1]), dtype=torch.float32)
         whole = partial.new_empty(partial.shape[1:])
         plan(
-            gradient, y, done.own, taken, bias, total, done.scale, apart, h, masked, g_var, g_own, partial,
+            gradient, y, done.own, taken, bias, total, done.scale, apart, own, h, masked, g_var, g_own, partial,
         )  # fmt: skip
         adding_up(partial, whole)
         g_bias, g_total = whole.unbind() if sums else (whole[0], None)
         return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
 
-    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype, plain: bool) -> Tensor:
+    def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         g = filters_as_rows(g_convolved)
         g_weight = torch.empty_like(g, dtype=dtype)
-        _through_filters(g.shape, g_total is not None, plain, (g.dtype, dtype))(g, g_weight, g_total)
+        _through_filters(g.shape, g_total is not None, (g.dtype, dtype))(g, g_weight, g_total)
         return g_weight
 
     def through_moments(

@@ -54,6 +54,7 @@ def pixel_moments(
     stride_p,
     stride_c,
     DROPS: tl.constexpr,
+    OWN: tl.constexpr,  # whether the mean of all values is asked for too
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -69,8 +70,9 @@ def pixel_moments(
         inside = there[:, None] & (c < channels)[None, :]
         x = tl.load(x_ptr + place[:, None] * stride_p + c[None, :] * stride_c, mask=inside, other=0.0)
         x = x.to(tl.float32)
-        if DROPS:
+        if OWN:
             own += tl.sum(x, axis=1)
+        if DROPS:
             x = tl.where(_kept(seed_ptr, n, place, first, channels, threshold, BLOCK_C), x, 0.0)
         # Two passes over what is in registers, and Chan's rule between blocks of channels.
         count = tl.minimum(channels - first, BLOCK_C).to(tl.float32)
@@ -82,7 +84,7 @@ def pixel_moments(
         squares += block_squares + delta * delta * (first * count / (first + count))
     tl.store(mean_ptr + row, mean, mask=there)
     tl.store(var_ptr + row, squares / channels, mask=there)
-    if DROPS:
+    if OWN:
         tl.store(own_ptr + row, own / channels, mask=there)
 
 
@@ -257,7 +259,8 @@ def pulled(
     bias_ptr,  # (O,), as the next
     total_ptr,
     scale_ptr,  # (rows,), as the next
-    apart_ptr,
+    apart_ptr,  # a window's mean less that after dropout; where GROUPED the latter
+    group_ptr,  # (N, G, *): the former of each group
     h_ptr,  # (N, O, *): of z
     masked_ptr,  # (N, O, *): g behind the activation
     g_var_ptr,  # (rows,), as the next
@@ -268,8 +271,12 @@ def pulled(
     stride_n,
     stride_w,
     stride_o,
-    SUMS: tl.constexpr,  # whether sums of filters count: with dropout, and where PLAIN
-    PLAIN: tl.constexpr,  # whether they count less the window's mean, which apart_ptr then is, not apart
+    per_group,  # O / G
+    stride_own_n,
+    stride_own_w,
+    stride_own_g,
+    SUMS: tl.constexpr,  # whether sums of filters count: with dropout, and where GROUPED
+    GROUPED: tl.constexpr,
     BIASED: tl.constexpr,
     ALONE: tl.constexpr,  # whether own is not y
     SUBTRACTS: tl.constexpr,
@@ -325,10 +332,13 @@ def pulled(
             else:
                 along += tl.sum(g * own, axis=1)
             if SUMS:
-                apart = tl.load(apart_ptr + row, mask=there, other=0.0)
-                if PLAIN:
-                    apart = -apart
-                g_total += h * apart[:, None]
+                apart = tl.load(apart_ptr + row, mask=there, other=0.0)[:, None]
+                if GROUPED:
+                    group = (o // per_group)[None, :]
+                    at_own = n * stride_own_n + window[:, None] * stride_own_w + group * stride_own_g
+                    g_total += h * (tl.load(group_ptr + at_own, mask=mask, other=0.0) - apart)
+                else:
+                    g_total += h * apart
                 if ALL:
                     through = tl.sum(h * total[None, :], axis=1)
                 else:
@@ -448,17 +458,14 @@ def through_filters(
     g_total_ptr,  # (O,)
     size,  # S
     SUMS: tl.constexpr,
-    PLAIN: tl.constexpr,  # whether filters were convolved as they are
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    shift = 0.0
-    if not PLAIN:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, size, BLOCK):
-            s = first + tl.arange(0, BLOCK)
-            sums += tl.load(g_ptr + row * size + s, mask=s < size, other=0.0).to(tl.float32)
-        shift = -tl.sum(sums, axis=0) / size
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, size, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        sums += tl.load(g_ptr + row * size + s, mask=s < size, other=0.0).to(tl.float32)
+    shift = -tl.sum(sums, axis=0) / size
     if SUMS:
         shift += tl.load(g_total_ptr + row)
     for first in range(0, size, BLOCK):

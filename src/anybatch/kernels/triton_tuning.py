@@ -73,10 +73,10 @@ SPACES: dict[str, tuple[Way, ...]] = {
     "triton_kn_kernels.normalized": _STREAMED,
     "triton_kn_kernels.through_moments": _STREAMED,
     "triton_positional_kernels.normalized": _STREAMED,
-    # 2048 values by 4 warps, of as many windows.
+    # Windows by groups by channels of each: 2048 values by 4 warps.
     "triton_kn_kernels.group_means": _STREAMED,
-    # The same, of several tensors. The rows of which one program adds up the parameters' gradients are
-    # the rule's, and no more of them are read at once.
+    # Positions by channels again, 2048 values of several tensors by 4 warps. The rows of which one program adds up the
+    # parameters' gradients are the rule's, and no more of them are read at once.
     "triton_kn_kernels.pulled": _ADDED_UP,
     "triton_positional_kernels.pulled": _ADDED_UP,
     # Groups that a program holds whole: up to 8192 values, 512 for each warp; twice the values are twice the groups.
