@@ -197,7 +197,8 @@ class _KNConv(torch.autograd.Function):
             ) from error
         tensors = (x, weight, bias, residual, seed)
         if taken_in_formulas(gradient):  # second derivatives
-            return *[None] * 4, *recomputed_gradients(ctx.call, tensors, gradient), *[None] * 4
+            again = recomputed_gradients(ctx.call, tensors, gradient, ctx.needs_input_grad[4:9])
+            return *[None] * 4, *again, *[None] * 4
         filters = None if convolved is None else Filters(convolved, total, rest)
         options = (filters, Normalized(*kept), ctx.p, ctx.relu, ctx.needs_input_grad[4:6])
         found = pulled_back(ctx.stages, ctx.at, ctx.groups, gradient, *tensors, *options)

@@ -33,7 +33,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         args = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors]
-        return None, *recomputed_gradients(ctx.call, args, gradient)
+        return None, *recomputed_gradients(ctx.call, args, gradient, ctx.needs_input_grad[1:])
 
 
 def taken_in_formulas(*gradients: Tensor | None) -> bool:
@@ -46,9 +46,16 @@ def several_at_once(gradient: Tensor) -> bool:
     return is_legacy_batchedtensor(gradient)
 
 
-def recomputed_gradients(call: Callable[..., Tensor], args: Sequence[Any], gradient: Tensor) -> list[Tensor | None]:
-    """The gradients of ``call(*args)``, which is evaluated anew, for its floating-point tensors; None for the rest."""
-    moving = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+def recomputed_gradients(
+    call: Callable[..., Tensor], args: Sequence[Any], gradient: Tensor, needs: Sequence[bool] | None = None
+) -> list[Tensor | None]:
+    """The gradients of ``call(*args)``, which is evaluated anew, for its floating-point tensors; None for the rest.
+
+    Args:
+        needs: Of which of ``args`` alone one is asked for.
+    """
+    asked = [True] * len(args) if needs is None else needs
+    moving = [isinstance(a, Tensor) and a.is_floating_point() and n for a, n in zip(args, asked, strict=True)]
 
     def of_moving(*floating: Tensor) -> Tensor:
         given = iter(floating)
