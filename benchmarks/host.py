@@ -39,7 +39,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "bn": lambda: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(inplace=True)),
     "kn(p=0)": lambda: with_relu(layers.KNConv2d(CHANNELS, CHANNELS, 3, padding=1, p=0)),
     "kn": lambda: with_relu(layers.KNConv2d(CHANNELS, CHANNELS, 3, padding=1)),
-    "kn in groups": lambda: with_relu(layers.KNConv2d(CHANNELS, CHANNELS, 3, padding=1, groups=32)),
+    "kn(groups=32)": lambda: with_relu(layers.KNConv2d(CHANNELS, CHANNELS, 3, padding=1, groups=32)),
     "gn": lambda: with_relu(layers.GroupNorm(CHANNELS)),
     "bcn": lambda: with_relu(layers.BatchChannelNorm2d(CHANNELS)),
     "pn": lambda: with_relu(layers.PositionalNorm(CHANNELS)),
@@ -119,7 +119,7 @@ def main() -> None:
     print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}")
     for name, times in rounds.items():
         ratio = statistics.median(a / b for a, b in zip(times, rounds["bn"], strict=True))
-        print(f"{name:12} {statistics.median(times):6.0f} us  {ratio:5.2f}")
+        print(f"{name:13} {statistics.median(times):6.0f} us  {ratio:5.2f}")
 
 
 if __name__ == "__main__":

@@ -407,7 +407,7 @@ def test_the_time_of_python_is_told_without_a_gpu() -> None:
     done = script("host.py", "--repeats", 2)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
-    assert names == ["bn", "kn(p=0)", "kn", "gn", "bcn", "pn", "frn", "lcn"]
+    assert names == ["bn", "kn(p=0)", "kn", "kn(groups=32)", "gn", "bcn", "pn", "frn", "lcn"]
     ratios = [float(line.split()[-1]) for line in done.stdout.splitlines()[1:]]
     assert ratios[0] == 1
     assert min(ratios) > 0

@@ -200,11 +200,12 @@ def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     z = (z ^ ((z >> 16) & 0xFFFF)).mul_(MULTIPLIERS[0])
     z = (z ^ ((z >> 15) & 0x1FFFF)).add_(high).mul_(MULTIPLIERS[1])
     z = z ^ ((z >> 16) & 0xFFFF)
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        # Torch multiplies by an integer three times as fast as by a bool.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # In torch 2.11 neither `vmap` nor the compiler knows views of all these dtypes.
+        halves = (z.unsqueeze(-1) >> torch.tensor([0, 16], dtype=torch.int32, device=x.device)) & 0xFFFF
+        kept = ((halves ^ 0x8000) >= dropout_threshold(p) + 0x8000).to(torch.int8)
+    else:  # torch multiplies by an integer three times as fast as by a bool
         kept = (z.view(torch.int16) >= dropout_threshold(p)).view(torch.int8)
-    else:  # `vmap` of torch 2.11 knows no views of other dtypes
-        kept = (torch.stack([(z << 16) >> 16, z >> 16], -1) >= dropout_threshold(p)).to(torch.int8)
     kept = kept.view(n, *x.shape[2:], 2 * pairs)[..., :c].movedim(-1, 1)
     if not channels_are_last(x):
         return kept.contiguous()
