@@ -74,8 +74,8 @@ class Pulled(NamedTuple):
 class Stages:
     """Stages without state; each takes and gives tensors in the memory format of the activations.
 
-    Backward is ``plain`` where it convolves with filters as they are: where they are not centered, and in groups, where
-    to ``z`` the mean of what a group reads has then added ``own s`` already, and ``-mean u' s`` is all that is left.
+    Backward is ``plain`` where the gradient of ``x`` goes through filters as they are, that is through ``z + own s``: where
+    they are not centered, and in groups. Of the filters' sums ``-mean u' s`` alone is left then.
     """
 
     centers: ClassVar[bool] = True
@@ -126,16 +126,14 @@ class Stages:
         if p:
             mean, var = mean / (1 - p), var / (1 - p) ** 2
         scale = torch.rsqrt(var + eps)
-        apart = None
-        if own is not None:
-            z = z.to(wide) + _by_groups(own - mean, filters.total)
-        elif pixels.own is not None:
-            own = _mean_over(pixels.own, at)
-            apart = own - mean
-            z = torch.addcmul(z.to(wide), apart, per_filter(filters.total, at))
-        if filters.rest is not None:
-            z = z.to(wide) - _by_groups(mean if own is None else own, filters.rest)
         z = z.to(wide)
+        if own is None:
+            own = mean if pixels.own is None else _mean_over(pixels.own, at)
+        if own is not mean:
+            z = _added(z, own - mean, filters.total)
+        if filters.rest is not None:
+            z = _added(z, own, filters.rest, sign=-1)
+        apart = None if pixels.own is None else own - mean
         y = z * scale if bias is None else torch.addcmul(per_filter(bias.to(wide), at), z, scale)
         y, alone = y.to(dtype), None
         if residual is not None:
@@ -210,11 +208,11 @@ class Stages:
         return through.to(x.dtype)
 
 
-def _by_groups(values: Tensor, factors_o: Tensor) -> Tensor:
-    """(N, O, *): maps of one value a group, (N, G, *), times a number for each filter."""
+def _added(z: Tensor, values: Tensor, factors_o: Tensor, sign: int = 1) -> Tensor:
+    """``z``, (N, O, *), and maps of one value a group, (N, G, *), times a number for each filter."""
     groups = values.shape[1]
     factors = factors_o.reshape([groups, -1] + [1] * (values.dim() - 2))
-    return (values.unsqueeze(2) * factors).flatten(1, 2)
+    return torch.addcmul(z.unflatten(1, (groups, -1)), values.unsqueeze(2), factors, value=sign).flatten(1, 2)
 
 
 def per_filter(values_o: Tensor, at: Windows) -> Tensor:
