@@ -74,8 +74,8 @@ class Pulled(NamedTuple):
 class Stages:
     """Stages without state; each takes and gives tensors in the memory format of the activations.
 
-    Backward is ``plain`` where the gradient of ``x`` goes through filters as they are, that is through ``z + own s``: where
-    they are not centered, and in groups. Of the filters' sums ``-mean u' s`` alone is left then.
+    Backward is ``plain`` where the gradient of ``x`` goes through filters as they are, that is through ``z + own s``:
+    where they are not centered, and in groups. Of the filters' sums ``-mean u' s`` alone is left then.
     """
 
     centers: ClassVar[bool] = True
