@@ -148,6 +148,16 @@ def test_half_precision_with_parameters_in_float32(way: str, dtype: torch.dtype)
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("mean", [10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("whole", [8192, 0], ids=["whole", "in steps"])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_scale_and_a_shift_of_all_channels(samples: int, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images((samples, 8, 5, 4), torch.float32)
+    op, (_, mean, var, *of_batch), options = batch(x)
+    called = op, (1, mean, var, *of_batch[:2], *parameters(1, *"abcd")[:2]), options
+    for _ in with_limits(monkeypatch, _WHOLE=whole):
+        assert_errs_little(called, x, gradient(x))
+
+
 @pytest.mark.parametrize("way", ["group", "batch"])
 def test_large_means(way: str, mean: float, last: bool) -> None:
     x = images((2, 4, 40, 41), torch.float32, last=last, mean=mean)

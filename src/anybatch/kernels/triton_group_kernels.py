@@ -69,6 +69,9 @@ def _slopes(total, along, mean, var, off, rstd, group, c, real, positions, size,
     if SHARED:
         tl.store(own_ptr + group, tl.sum(tl.where(real, through, 0.0), axis=1), mask=group * size < channels)
         tl.store(own_ptr + channels + group, tl.sum(tl.where(real, total, 0.0), axis=1), mask=group * size < channels)
+        behind = real & (c * size >= channels)  # places of no group, which may be added up too
+        tl.store(own_ptr + c, tl.full(c.shape, 0.0, tl.float32), mask=behind)
+        tl.store(own_ptr + channels + c, tl.full(c.shape, 0.0, tl.float32), mask=behind)
     else:
         tl.store(own_ptr + c, through, mask=real)
         tl.store(own_ptr + channels + c, total, mask=real)
