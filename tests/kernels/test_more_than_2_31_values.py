@@ -79,9 +79,9 @@ def test_gradients_through_the_moments_of_a_convolution_reach_the_last_values() 
     def through(rows: slice) -> torch.Tensor:
         of = [t[..., rows, :] for t in (x, mean, g_var, g_own)]
         values, middle, var, own = of if rows == slice(None) else [t.contiguous() for t in of]
-        back = Pulled(values, values, var, own, torch.empty(0), None)
+        back = Pulled(values, values, var, own, torch.empty(0), None, True)
         done = Normalized(values, middle, middle, None, None)
-        return stages.through_moments(torch.zeros_like(values), values, done, back, at, 0.0, None, True)
+        return stages.through_moments(torch.zeros_like(values), values, done, back, at, 0.0, None)
 
     whole = through(slice(None))
     for first in (0, POSITIONS[0] - 2):

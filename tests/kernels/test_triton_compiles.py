@@ -106,7 +106,7 @@ def convolutions(x: Tensor) -> None:
         done = stages.normalized(torch.empty_like(x), pixels, filters, own, bias, residual, at, p, 1e-5, True)
         back = stages.pulled(torch.empty_like(x), done, filters.total, own, bias, residual, at, True)
         stages.through_filters(filters.convolved, back.total, weight.dtype)
-        stages.through_moments(torch.empty_like(x), x, done, back, at, p, seed, plain)
+        stages.through_moments(torch.empty_like(x), x, done, back, at, p, seed)
 
 
 def norms(kind: Callable[[int], Any]) -> Callable[[Tensor], None]:

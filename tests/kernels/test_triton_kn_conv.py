@@ -175,7 +175,7 @@ def test_a_sample_is_the_same_to_the_last_bit_alone_and_in_a_batch(geometry: str
         own = stages.group_means(x[:n], at, groups, z[:n]) if plain else None
         done = stages.normalized(z[:n].clone(), pixels, filters, own, bias, None, at, p, 1e-5, True)
         back = stages.pulled(g[:n], done, filters.total, own, bias, None, at, True)
-        through = stages.through_moments(g_x[:n].clone(), x[:n], done, back, at, p, seed, plain)
+        through = stages.through_moments(g_x[:n].clone(), x[:n], done, back, at, p, seed)
         found = [*pixels, done.y, done.mean, done.scale, done.apart, back.z, back.var, back.own, through]
         return [t[:1] for t in found if t is not None]
 

@@ -105,13 +105,9 @@ def normalized_conv(
     return _of_backward(filters, stages, groups, weight), done
 
 
-def _is_plain(stages: Stages, groups: int) -> bool:
-    return groups > 1 or not stages.centers
-
-
 def _of_backward(filters: Filters, stages: Stages, groups: int, weight: Tensor) -> Filters:
     """What backward convolves, before it is rounded as the activations are."""
-    return filters._replace(convolved=weight, rest=None) if _is_plain(stages, groups) else filters
+    return filters._replace(convolved=weight, rest=None) if groups > 1 or not stages.centers else filters
 
 
 class Gradients(NamedTuple):
@@ -154,7 +150,7 @@ def pulled_back(
     g_x, g_convolved, _ = convolution_backward(back.z, x, filters.convolved.to(x.dtype), None, *geometry, wanted)
     g_weight = None if g_convolved is None else stages.through_filters(g_convolved, back.total, weight.dtype)
     if g_x is not None:
-        g_x = stages.through_moments(g_x, x, done, back, at, p, seed, _is_plain(stages, groups))
+        g_x = stages.through_moments(g_x, x, done, back, at, p, seed)
     g_bias = None if bias is None else back.bias.to(bias.dtype)
     return Gradients(g_x, g_weight, g_bias, None if residual is None else back.residual)
 

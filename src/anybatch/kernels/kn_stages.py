@@ -69,14 +69,12 @@ class Pulled(NamedTuple):
     """(O,)."""
     total: Tensor | None
     """Of the sums of the filters, (O,); None where it is 0."""
+    plain: bool
+    """Whether the gradient of ``x`` goes through filters as they are, and so ``own`` through the latter mean alone."""
 
 
 class Stages:
-    """Stages without state; each takes and gives tensors in the memory format of the activations.
-
-    Backward is ``plain`` where the gradient of ``x`` goes through filters as they are, that is through ``z + own s``:
-    where they are not centered, and in groups. Of the filters' sums ``-mean u' s`` alone is left then.
-    """
+    """Stages without state; each takes and gives tensors in the memory format of the activations."""
 
     centers: ClassVar[bool] = True
     """Whether forward convolves with centered filters."""
@@ -170,7 +168,7 @@ class Stages:
             g_total = (h.unflatten(1, (apart.shape[1], -1)) * apart.unsqueeze(2)).flatten(1, 2).sum(over)
             g_own = (h * per_filter(total, at)).sum(1, keepdim=True)
         g_bias = g.sum(over, dtype=wide)
-        return Pulled(g, h.to(g.dtype), -0.5 * done.scale.square() * along, g_own, g_bias, g_total)
+        return Pulled(g, h.to(g.dtype), -0.5 * done.scale.square() * along, g_own, g_bias, g_total, own is not None)
 
     def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The weight's gradient from those of what was convolved, which it may overwrite, and of the filters' sums."""
@@ -181,21 +179,13 @@ class Stages:
         return g.to(dtype)
 
     def through_moments(
-        self,
-        g_x: Tensor,
-        x: Tensor,
-        done: Normalized,
-        back: Pulled,
-        at: Windows,
-        p: float,
-        seed: Tensor | None,
-        plain: bool,
+        self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
     ) -> Tensor:
         """The gradient of ``x`` from that through the convolution, which it may overwrite, and those of the moments."""
         g_var, mean, g_own = back.var / (1 - p) ** 2, done.mean * (1 - p), back.own
         fields = [g_var, -2 * g_var * mean]  # which cancel at a large mean, before what else there is counts
         if g_own is not None:
-            fields += [-g_own / (1 - p)] if plain else [-g_own / (1 - p), g_own]
+            fields += [-g_own / (1 - p)] if back.plain else [-g_own / (1 - p), g_own]
         spread = _spread(torch.cat(fields, 1), at, x.shape[2:]) / x.shape[1]
         through = torch.addcmul(spread[:, 1:2], x.to(spread.dtype), 2 * spread[:, :1])
         if g_own is not None:
@@ -203,7 +193,7 @@ class Stages:
         if seed is not None:
             through = through.mul_(dropout_mask(x, p, seed))
         through = through.add_(g_x)
-        if g_own is not None and not plain:
+        if g_own is not None and not back.plain:
             through += spread[:, 3:]
         return through.to(x.dtype)
 

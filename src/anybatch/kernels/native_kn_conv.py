@@ -104,22 +104,14 @@ class NativeStages(Stages):
         given = (gradient, y, beside, bias, total, done.scale, done.mean, relu)
         to = (h, masked, g_var, g_own, g_bias, g_total)
         function("kn_pulled", "ppppppppipppppp")(as_map(y.shape, y.stride()), *given, *to)
-        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
+        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total, True)
 
     def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         assert g_total is not None
         return g_convolved.add_(g_total.view(-1, *[1] * (g_convolved.dim() - 1)))
 
     def through_moments(
-        self,
-        g_x: Tensor,
-        x: Tensor,
-        done: Normalized,
-        back: Pulled,
-        at: Windows,
-        p: float,
-        seed: Tensor | None,
-        plain: bool,
+        self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
     ) -> Tensor:
         g_x = laid_out(g_x, x)
         windows = _windows(x.shape[2:], done.mean.shape[2:], at)

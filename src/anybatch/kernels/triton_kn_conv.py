@@ -315,7 +315,7 @@ class TritonStages(Stages):
         )  # fmt: skip
         adding_up(partial, whole)
         g_bias, g_total = whole.unbind() if sums else (whole[0], None)
-        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total)
+        return Pulled(gradient if masked is None else masked, h, g_var, g_own, g_bias, g_total, own is not None)
 
     def through_filters(self, g_convolved: Tensor, g_total: Tensor | None, dtype: torch.dtype) -> Tensor:
         g = filters_as_rows(g_convolved)
@@ -324,19 +324,11 @@ class TritonStages(Stages):
         return g_weight
 
     def through_moments(
-        self,
-        g_x: Tensor,
-        x: Tensor,
-        done: Normalized,
-        back: Pulled,
-        at: Windows,
-        p: float,
-        seed: Tensor | None,
-        plain: bool,
+        self, g_x: Tensor, x: Tensor, done: Normalized, back: Pulled, at: Windows, p: float, seed: Tensor | None
     ) -> Tensor:
         g_x = g_x if steps(g_x.shape, g_x.stride()) else torch.empty_like(x).copy_(g_x)
         windows, drops = done.mean.shape[2:], seed is not None
-        plan = _through_moments(x.shape, g_x.stride(), x.stride(), windows, at, p, drops, plain, x.dtype)
+        plan = _through_moments(x.shape, g_x.stride(), x.stride(), windows, at, p, drops, back.plain, x.dtype)
         plan(g_x, x, done.mean, back.var, back.own, seed)
         return g_x
 
