@@ -359,6 +359,7 @@ def test_kn_conv_of_filters_with_a_mean_errs_no_more_than_a_convolution_and_batc
         (5, 1, (6, 7), 3),
         (9, 3, (8, 5), (2, 5)),
         (48, 4, (7, 9), (7, 3)),
+        (54, 2, (7, 6), 3),  # 27 groups: registers of them, and some left over
         (70, 2, (12, 9), 4),
         (40, 5, (3, 11), (1, 10)),
         (70, 2, (3, 300), (2, 7)),

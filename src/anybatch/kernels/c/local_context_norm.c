@@ -9,6 +9,32 @@
 
 #include "maps.h"
 
+#if defined(__clang__)
+#define SHUFFLED(v, w, Order, ...) __builtin_shufflevector(v, w, __VA_ARGS__)
+#else
+#define SHUFFLED(v, w, Order, ...) __builtin_shuffle(v, w, (Order){__VA_ARGS__})
+#endif
+
+/* Groups of two channels, the usual ones, are taken LANES at a time, two registers of channels. FIRSTS and SECONDS are
+   the two channels of each group, in an order that keeps to parts of four values, which processors shuffle at once. All
+   that is held of these groups is in that order; SPREAD and SPREAD_BEHIND are the channels that it comes from. */
+typedef int32_t Places __attribute__((vector_size(4 * LANES)));
+#define FOUR(a, b, c, d, from) a + from, b + from, c + from, d + from
+#if LANES == 16
+#define FOURS(...) FOUR(__VA_ARGS__, 0), FOUR(__VA_ARGS__, 4), FOUR(__VA_ARGS__, 8), FOUR(__VA_ARGS__, 12)
+#elif LANES == 8
+#define FOURS(...) FOUR(__VA_ARGS__, 0), FOUR(__VA_ARGS__, 4)
+#else
+#define FOURS(...) FOUR(__VA_ARGS__, 0)
+#endif
+#define FIRSTS(v, w) SHUFFLED(v, w, Places, FOURS(0, 2, LANES, LANES + 2))
+#define SECONDS(v, w) SHUFFLED(v, w, Places, FOURS(1, 3, LANES + 1, LANES + 3))
+#define SPREAD(v) SHUFFLED(v, v, Places, FOURS(0, 0, 1, 1))
+#define SPREAD_BEHIND(v) SHUFFLED(v, v, Places, FOURS(2, 2, 3, 3))
+
+INLINE Lanes lanes(const float *v) { return *(const Lanes *)v; }
+INLINE void put(float *to, Lanes v) { *(Lanes *)to = v; }
+
 typedef struct {
     int64_t each, height, width, kernel_h, kernel_w; /* channels of a group; sizes */
     float eps;
@@ -87,6 +113,7 @@ static void leave(Room *r) {
    processors stop looking ahead by themselves. */
 #define AHEAD 3
 INLINE void fetch(const float *v, int64_t step, int64_t channels) {
+    if (step == channels) return;
     for (int64_t c = 0; c < channels; c += LINE) __builtin_prefetch(v + AHEAD * step + c);
 }
 
@@ -103,7 +130,7 @@ static int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common
 
 /* A constant near each group's mean, of some positions in all columns, for each of its channels. */
 static void find_middle(const Norm *q, const Part *a, float *middle) {
-    int64_t positions = q->height * q->width, step = MAX(1, positions / 256), count = 0;
+    int64_t positions = q->height * q->width, step = MAX(1, positions / 24), count = 0;
     while (common_divisor(step, q->width) > 1) step++;
     memset(middle, 0, a->channels * sizeof(float));
     for (int64_t p = 0; p < positions; p += step, count++) {
@@ -117,10 +144,18 @@ static void find_middle(const Norm *q, const Part *a, float *middle) {
     }
 }
 
-/* Mean and variance of each group of one position, and its mean and mean square added to sums. */
-INLINE void count_in(int64_t groups, const float *restrict x, const float *restrict middle, float *restrict means,
-                     float *restrict vars, double *restrict one, double *restrict two, const int64_t each) {
-    for (int64_t i = 0; i < groups; i++) {
+/* Mean and variance of each group of one position. */
+INLINE void count(int64_t groups, const float *x, const float *middle, float *means, float *vars, const int64_t each) {
+    int64_t i = 0;
+    if (each == 2)
+        for (; i + LANES <= groups; i += LANES) {
+            const float *v = x + 2 * i, *m = middle + 2 * i;
+            Lanes a = lanes(v) - lanes(m), b = lanes(v + LANES) - lanes(m + LANES);
+            Lanes one = FIRSTS(a, b), two = SECONDS(a, b), off = (one - two) * 0.5f;
+            put(means + i, (one + two) * 0.5f);
+            put(vars + i, off * off);
+        }
+    for (; i < groups; i++) {
         float mean = 0, var = 0;
         for (int64_t c = 0; c < each; c++) mean += x[i * each + c] - middle[i * each + c];
         mean /= (float)each;
@@ -128,33 +163,30 @@ INLINE void count_in(int64_t groups, const float *restrict x, const float *restr
             float off = (x[i * each + c] - middle[i * each + c]) - mean;
             var += off * off;
         }
-        means[i] = mean, vars[i] = var /= (float)each;
-        double m = mean;
-        one[i] += m, two[i] += (double)var + m * m;
+        means[i] = mean, vars[i] = var / (float)each;
     }
 }
 
-/* A row of positions comes into the sums of columns. */
-static void count_row_in(const Norm *q, const Part *a, Room *r, int64_t row) {
-    int64_t groups = a->groups, held = row % q->kernel_h * q->width * groups;
-    for (int64_t w = 0; w < q->width; w++) {
-        const float *x = a->x + (row * q->width + w) * a->x_step;
-        float *means = r->counted + held + w * groups, *vars = r->counted_too + held + w * groups;
-        double *one = r->column + w * groups, *two = r->column_too + w * groups;
-        fetch(x, a->x_step, a->channels);
-        OF_EACH(count_in, q->each, groups, x, r->middle, means, vars, one, two);
-    }
-}
-
-/* A row goes out of them again. */
-static void count_row_out(const Norm *q, const Part *a, Room *r, int64_t row) {
-    int64_t values = q->width * a->groups, held = row % q->kernel_h * values;
-    const float *restrict means = r->counted + held, *restrict vars = r->counted_too + held;
-    double *restrict one = r->column, *restrict two = r->column_too;
+/* The sums of columns with what a row of positions has counted, or with `sign` -1 without it. */
+INLINE void add_counted(int64_t values, const float *restrict means, const float *restrict vars, double *restrict one,
+                        double *restrict two, const double sign) {
     for (int64_t i = 0; i < values; i++) {
         double m = means[i];
-        one[i] -= m, two[i] -= (double)vars[i] + m * m;
+        one[i] += sign * m, two[i] += sign * ((double)vars[i] + m * m);
     }
+}
+
+/* A row of positions comes into the sums of columns, in the place of the one that goes out of them, if one does. */
+static void count_row(const Norm *q, const Part *a, Room *r, int64_t row) {
+    int64_t groups = a->groups, values = q->width * groups, held = row % q->kernel_h * values;
+    float *means = r->counted + held, *vars = r->counted_too + held;
+    if (row >= q->kernel_h) add_counted(values, means, vars, r->column, r->column_too, -1);
+    for (int64_t w = 0; w < q->width; w++) {
+        const float *x = a->x + (row * q->width + w) * a->x_step;
+        fetch(x, a->x_step, a->channels);
+        OF_EACH(count, q->each, groups, x, r->middle, means + w * groups, vars + w * groups);
+    }
+    add_counted(values, means, vars, r->column, r->column_too, 1);
 }
 
 /* Adds two fields to sums, or with `sign` -1 takes them away. */
@@ -173,10 +205,15 @@ INLINE void as_moments(int64_t groups, const double *restrict one, const double 
     }
 }
 
-INLINE void spread_out(int64_t groups, const float *restrict mean, const float *restrict rstd, float *restrict means,
-                       float *restrict rstds, const int64_t each) {
-    for (int64_t i = 0; i < groups; i++)
-        for (int64_t c = 0; c < each; c++) means[i * each + c] = mean[i], rstds[i * each + c] = rstd[i];
+INLINE void spread_out(int64_t groups, const float *values, float *to, const int64_t each) {
+    int64_t i = 0;
+    if (each == 2)
+        for (; i + LANES <= groups; i += LANES) {
+            put(to + 2 * i, SPREAD(lanes(values + i)));
+            put(to + 2 * i + LANES, SPREAD_BEHIND(lanes(values + i)));
+        }
+    for (; i < groups; i++)
+        for (int64_t c = 0; c < each; c++) to[i * each + c] = values[i];
 }
 
 /* Into the room the moments of row `i` of windows, behind those of the row before. */
@@ -186,10 +223,9 @@ static void moments(const Norm *q, const Part *a, Room *r, int64_t i) {
         find_middle(q, a, r->middle);
         memset(r->column, 0, q->width * groups * sizeof(double));
         memset(r->column_too, 0, q->width * groups * sizeof(double));
-        for (int64_t h = 0; h < kh - 1; h++) count_row_in(q, a, r, h);
-    } else
-        count_row_out(q, a, r, i - 1);
-    count_row_in(q, a, r, i + kh - 1);
+        for (int64_t h = 0; h < kh - 1; h++) count_row(q, a, r, h);
+    }
+    count_row(q, a, r, i + kh - 1);
     double share = 1.0 / ((double)kh * kw);
     memset(r->sum, 0, groups * sizeof(double));
     memset(r->sum_too, 0, groups * sizeof(double));
@@ -200,7 +236,8 @@ static void moments(const Norm *q, const Part *a, Room *r, int64_t i) {
         float *mean = r->mean_of + j * groups, *rstd = r->rstd_of + j * groups;
         float *means = r->mean + j * a->channels, *rstds = r->rstd + j * a->channels;
         as_moments(groups, r->sum, r->sum_too, share, q->eps, mean, rstd);
-        OF_EACH(spread_out, q->each, groups, mean, rstd, means, rstds);
+        OF_EACH(spread_out, q->each, groups, mean, means);
+        OF_EACH(spread_out, q->each, groups, rstd, rstds);
         if (j < columns - 1) add(groups, r->column + j * groups, r->column_too + j * groups, r->sum, r->sum_too, -1);
     }
 }
@@ -245,10 +282,19 @@ INLINE void pull(int64_t channels, const float *restrict x, const float *restric
 }
 
 /* Adds to a window what its position has from the mean and the variance of each group, a + b x. */
-INLINE void of_window(int64_t groups, const float *restrict scaled, const float *restrict along,
-                      const float *restrict mean, const float *restrict rstd, float share, float *restrict start,
-                      float *restrict slope, const int64_t each) {
-    for (int64_t i = 0; i < groups; i++) {
+INLINE void of_window(int64_t groups, const float *scaled, const float *along, const float *mean, const float *rstd,
+                      float share, float *start, float *slope, const int64_t each) {
+    int64_t i = 0;
+    if (each == 2)
+        for (; i + LANES <= groups; i += LANES) {
+            Lanes v = lanes(scaled + 2 * i), w = lanes(scaled + 2 * i + LANES), r = lanes(rstd + i);
+            Lanes total = FIRSTS(v, w) + SECONDS(v, w);
+            v = lanes(along + 2 * i), w = lanes(along + 2 * i + LANES);
+            Lanes b = r * r * (FIRSTS(v, w) + SECONDS(v, w)) * share;
+            put(start + i, lanes(start + i) + (b * lanes(mean + i) - r * total * share));
+            put(slope + i, lanes(slope + i) - b);
+        }
+    for (; i < groups; i++) {
         float total = 0, total_along = 0;
         for (int64_t c = 0; c < each; c++) total += scaled[i * each + c], total_along += along[i * each + c];
         float b = rstd[i] * rstd[i] * total_along * share;
@@ -262,31 +308,53 @@ INLINE void add_fields(int64_t count, const float *restrict start, const float *
     for (int64_t i = 0; i < count; i++) one[i] += sign * start[i], two[i] += sign * slope[i];
 }
 
-INLINE void finish(int64_t groups, const float *restrict x, const float *restrict middle, const double *restrict start,
-                   const double *restrict slope, float *restrict gx, const int64_t each) {
+INLINE void finish(int64_t groups, const float *x, const float *middle, const float *start, const float *slope,
+                   float *gx, const int64_t each) {
+    int64_t i = 0;
+    if (each == 2)
+        for (; i + LANES <= groups; i += LANES) {
+            int64_t c = 2 * i, d = c + LANES;
+            Lanes a = lanes(start + i), b = lanes(slope + i);
+            put(gx + c, lanes(gx + c) + (SPREAD(a) + SPREAD(b) * (lanes(x + c) - lanes(middle + c))));
+            put(gx + d, lanes(gx + d) + (SPREAD_BEHIND(a) + SPREAD_BEHIND(b) * (lanes(x + d) - lanes(middle + d))));
+        }
+    for (; i < groups; i++)
+        for (int64_t k = 0; k < each; k++)
+            gx[i * each + k] += start[i] + slope[i] * (x[i * each + k] - middle[i * each + k]);
+}
+
+/* Sums over the windows that hold one position, for those of which the last before it held; what comes in or goes out
+   may be none. */
+INLINE void move_on(int64_t groups, const double *restrict in, const double *restrict in_too, const double *restrict out,
+                    const double *restrict out_too, double *restrict sum, double *restrict sum_too,
+                    float *restrict start, float *restrict slope) {
     for (int64_t i = 0; i < groups; i++) {
-        float a = (float)start[i], b = (float)slope[i];
-        for (int64_t k = 0; k < each; k++) gx[i * each + k] += a + b * (x[i * each + k] - middle[i * each + k]);
+        double a = sum[i], b = sum_too[i];
+        if (in) a += in[i], b += in_too[i];
+        if (out) a -= out[i], b -= out_too[i];
+        sum[i] = a, sum_too[i] = b;
+        start[i] = (float)a, slope[i] = (float)b;
     }
 }
 
 /* Row `h` of positions gets what the windows that hold its positions give; `column` sums over their rows. */
 static void finish_row(const Norm *q, const Part *a, Room *r, int64_t h, double *column, double *column_too) {
-    int64_t groups = a->groups, columns = columns_of(q), row = columns * groups, gone = h - q->kernel_h;
-    int64_t in = h % held_rows(q) * row, out_of = MAX(gone, 0) % held_rows(q) * row;
+    int64_t groups = a->groups, columns = columns_of(q), row = columns * groups, past = h - q->kernel_h;
+    int64_t in = h % held_rows(q) * row, out_of = MAX(past, 0) % held_rows(q) * row;
     if (h < rows_of(q)) add_fields(row, r->start + in, r->slope + in, column, column_too, 1);
-    if (gone >= 0) add_fields(row, r->start + out_of, r->slope + out_of, column, column_too, -1);
+    if (past >= 0) add_fields(row, r->start + out_of, r->slope + out_of, column, column_too, -1);
     memset(r->sum, 0, groups * sizeof(double));
     memset(r->sum_too, 0, groups * sizeof(double));
     for (int64_t w = 0; w < q->width; w++) {
         int64_t p = h * q->width + w, out = (w - q->kernel_w) * groups;
-        if (w < columns) add(groups, column + w * groups, column_too + w * groups, r->sum, r->sum_too, 1);
-        if (out >= 0) add(groups, column + out, column_too + out, r->sum, r->sum_too, -1);
+        const double *in = w < columns ? column + w * groups : NULL, *gone = out >= 0 ? column + out : NULL;
+        int64_t too = column_too - column;
+        move_on(groups, in, in ? in + too : NULL, gone, gone ? gone + too : NULL, r->sum, r->sum_too, r->scaled, r->along);
         const float *x = a->x + p * a->x_step;
         float *gx = a->y + p * a->y_step;
         fetch(x, a->x_step, a->channels);
         fetch(gx, a->y_step, a->channels);
-        OF_EACH(finish, q->each, groups, x, r->middle, r->sum, r->sum_too, gx);
+        OF_EACH(finish, q->each, groups, x, r->middle, r->scaled, r->along, gx);
     }
 }
 
@@ -335,13 +403,8 @@ static void backward(const Norm *q, const Part *a, Room *r, float *found, int64_
 
 #define SIDE 16
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t Places __attribute__((vector_size(16)));
-
-#if defined(__clang__)
-#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MIXED(a, b, ...) __builtin_shuffle(a, b, (Places){__VA_ARGS__})
-#endif
+typedef int32_t FourPlaces __attribute__((vector_size(16)));
+#define MIXED(a, b, ...) SHUFFLED(a, b, FourPlaces, __VA_ARGS__)
 
 /* Four rows of four values become four columns. */
 INLINE void turn_square(const float *from, int64_t step, float *to, int64_t to_step) {
