@@ -8,7 +8,7 @@ OUT ?= runs/compare-digits
 OPTIONS ?=
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
-.PHONY: compare test test-all check bench speed numerics clean
+.PHONY: compare test test-all test-sanitized check bench speed numerics clean
 
 compare: .venv/base
 	$(BIN)/anybatch compare --data digits --out $(OUT) $(OPTIONS)
@@ -18,6 +18,10 @@ test: .venv/dev
 
 test-all: .venv/dev
 	$(PYTEST) -m ""
+
+# Kernels in C with every access watched, about 3 minutes; needs GCC and its sanitizers.
+test-sanitized: .venv/dev
+	tools/sanitized $(PYTEST) tests/kernels tests/contract/test_ops.py tests/methods/test_activated_norms.py -k "not compile and (native or norm or conv or clip)"
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -3,12 +3,15 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from anybatch import cli
+from anybatch.kernels.triton_common import INTERPRETED
+from watch import watched
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start
 
@@ -17,6 +20,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start
 def _same_start_for_every_test() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_watched() -> Iterator[None]:
+    """In Triton's interpreter all launches are."""
+    with watched() if INTERPRETED else nullcontext():
+        yield
 
 
 @pytest.fixture
