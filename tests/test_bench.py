@@ -270,6 +270,16 @@ def test_rows_of_tuned_kernels_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned["id"] == plain["id"]  # so that two files can be compared
 
 
+def test_the_page_tells_what_was_not_measured_on_a_gpu() -> None:
+    row = dict(_row("kn", 1.0), machine="nvidia-a")
+    left = [case for case in choice.CASES if case != row["case"]]
+    told = f"Not measured there: {', '.join(left)}; `a command --cases {','.join(left)}` does it."
+    assert told in speed_page({"a": [row]}, "a command")
+    everything = [dict(row, case=case) for case in choice.CASES]
+    for rows in (everything, [dict(row, machine="cpu-a")]):
+        assert "Not measured there" not in speed_page({"a": rows}, "a command")
+
+
 @pytest.mark.parametrize("autotune", [False, True])
 def test_kernels_are_tuned_within_a_run_alone(autotune: bool) -> None:
     chosen = replace(settings(device="cpu"), autotune=autotune)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from anybatch.bench.choice import CASES
 from anybatch.bench.targets import Judged, is_gpu, judged
 
 MARKS = {
@@ -146,6 +147,9 @@ def speed_page(by_machine: Mapping[str, Sequence[Mapping[str, Any]]], command: s
     for device, rows in by_device:
         own = (one for one in judged(rows) if one.target.gpu == is_gpu(rows[0]["machine"]))
         text += ["", f"### {device}", "", *markdown(TARGET_HEADINGS, map(target_line, own))]
+        measured = {row["case"] for row in rows}
+        if is_gpu(rows[0]["machine"]) and (left := [case for case in CASES if case not in measured]):
+            text += ["", f"Not measured there: {', '.join(left)}; `{command} --cases {','.join(left)}` does it."]
     if not any(is_gpu(rows[0]["machine"]) for _, rows in by_device):
         text += ["", f"Nothing was measured on a GPU. On a machine that has one, `{command}` does it."]
     for device, rows in by_device:
