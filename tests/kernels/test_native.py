@@ -385,13 +385,46 @@ def test_local_context_norm_of_groups_and_windows_of_any_size(
         assert_error_within(got, right, 2 * error(plain, right) + roundoff)
 
 
-def test_local_context_norm_of_a_first_column_unlike_the_others() -> None:
-    """The constant near the mean that sums are taken of was that of the first column where positions are many."""
-    x = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(0)) + 1e3
-    x[..., 0] = 0
+@pytest.mark.parametrize("size", [96, 144, 240, 256])
+@pytest.mark.parametrize("unlike", ["a margin", "a column", "a corner", "a row"])
+def test_a_part_unlike_the_rest_costs_local_context_norm_no_digits_elsewhere(size: int, unlike: str) -> None:
+    """Sums are taken of values less a constant near their mean, which few positions tell: not all of one such part."""
+    x = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0)) + 1e3
+    part = {
+        "a margin": (..., slice(24)),
+        "a column": (..., 0),
+        "a corner": (..., 0, 0),
+        "a row": (..., 0, slice(None)),
+    }
+    x[part[unlike]] = 0
     with backend("native"):
-        got = local_context_norm(x, 5, 2)[..., 8:]
-    assert_error_within(got, local_context_norm.reference(x.double(), 5, 2)[..., 8:], 4e-6)
+        got = local_context_norm(x, 5, 2)[..., 40:, 40:]
+    exact, plain = (local_context_norm.reference(t, 5, 2)[..., 40:, 40:] for t in (x.double(), x))
+    assert_error_within(got, exact, 2 * error(plain, exact) + 1e-6)
+
+
+@FORMATS
+@pytest.mark.parametrize("each", [1, 2])
+def test_large_maps_of_local_context_norm_do_not_depend_on_threads_nor_on_other_samples(
+    each: int, format: torch.memory_format, threads: Callable[[int], None]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(2, 22, 257, 257, generator=generator).contiguous(memory_format=format) for _ in range(2))
+
+    def both_ways(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        with backend("native"):
+            y = local_context_norm(x, 7, each)
+        return y.detach(), torch.autograd.grad(y, x, g)[0]
+
+    threads(1)
+    all_by_one, one_by_one = both_ways(x, g), both_ways(x[:1], g[:1])
+    threads(2)
+    all_by_two, one_by_two = both_ways(x, g), both_ways(x[:1], g[:1])
+    for i in range(2):
+        assert torch.equal(all_by_one[i], all_by_two[i])
+        assert torch.equal(all_by_one[i][:1], one_by_one[i])
+        assert torch.equal(all_by_one[i][:1], one_by_two[i])
 
 
 def test_local_context_norm_of_one_dimension() -> None:

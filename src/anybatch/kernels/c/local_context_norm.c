@@ -7,6 +7,7 @@
    positions near its border are the nearest complete ones. Nothing but the input is kept for backward, which makes the
    moments anew. */
 
+#define MOST_LANES 8 /* with more, blocks of large maps would have too many channels for every thread to get one */
 #include "maps.h"
 
 #if defined(__clang__)
@@ -15,14 +16,13 @@
 #define SHUFFLED(v, w, Order, ...) __builtin_shuffle(v, w, (Order){__VA_ARGS__})
 #endif
 
-/* Groups of two channels, the usual ones, are taken LANES at a time, two registers of channels. FIRSTS and SECONDS are
-   the two channels of each group, in an order that keeps to parts of four values, which processors shuffle at once. All
-   that is held of these groups is in that order; SPREAD and SPREAD_BEHIND are the channels that it comes from. */
+/* Groups of two channels, the usual ones, are taken LANES at a time, two registers of channels. FIRSTS and SECONDS make
+   of these the first and the second channel of each group, in an order that keeps to parts of four values, which
+   processors shuffle at once. All that is held of these groups is in that order; of a register of it SPREAD and
+   SPREAD_BEHIND make, for each channel of the two registers, what its group has. */
 typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 #define FOUR(a, b, c, d, from) a + from, b + from, c + from, d + from
-#if LANES == 16
-#define FOURS(...) FOUR(__VA_ARGS__, 0), FOUR(__VA_ARGS__, 4), FOUR(__VA_ARGS__, 8), FOUR(__VA_ARGS__, 12)
-#elif LANES == 8
+#if LANES == 8
 #define FOURS(...) FOUR(__VA_ARGS__, 0), FOUR(__VA_ARGS__, 4)
 #else
 #define FOURS(...) FOUR(__VA_ARGS__, 0)
@@ -31,9 +31,6 @@ typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 #define SECONDS(v, w) SHUFFLED(v, w, Places, FOURS(1, 3, LANES + 1, LANES + 3))
 #define SPREAD(v) SHUFFLED(v, v, Places, FOURS(0, 0, 1, 1))
 #define SPREAD_BEHIND(v) SHUFFLED(v, v, Places, FOURS(2, 2, 3, 3))
-
-INLINE Lanes lanes(const float *v) { return *(const Lanes *)v; }
-INLINE void put(float *to, Lanes v) { *(Lanes *)to = v; }
 
 typedef struct {
     int64_t each, height, width, kernel_h, kernel_w; /* channels of a group; sizes */
@@ -72,7 +69,8 @@ typedef struct {
     float *middle;               /* (channels,): near the mean of each group */
     float *mean, *rstd;          /* (columns, channels) of a row of windows; the mean less the middle */
     float *mean_of, *rstd_of;    /* the same, (columns, groups) */
-    float *scaled, *along;       /* (channels,): gradients of what is normalized, alone and times that */
+    float *scaled, *along;       /* (channels,): gradients of what is normalized, alone and times that; or (groups,) of
+                                    what windows give a position, a and b */
     float *start, *slope;        /* (held rows, columns, groups): what windows give their positions, a + b x */
     float *values[3];            /* (positions, channels) each, where channels are not innermost in memory */
     void *memory[2];
@@ -126,15 +124,17 @@ INLINE void fetch(const float *v, int64_t step, int64_t channels) {
         default: do(__VA_ARGS__, each);                                                                                \
     }
 
-static int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
+/* Positions that the constant is taken from: few, since it need not be the mean itself. */
+INLINE int64_t sampled(int64_t positions) { return MIN(MAX(positions / 4, 16), 48); }
 
-/* A constant near each group's mean, of some positions in all columns, for each of its channels. */
+/* A constant near each group's mean, for each of its channels, of some positions of all rows and columns: these follow
+   Roberts' R2 sequence, since any fixed step would meet the same few columns in maps of some size. */
 static void find_middle(const Norm *q, const Part *a, float *middle) {
-    int64_t positions = q->height * q->width, step = MAX(1, positions / 24), count = 0;
-    while (common_divisor(step, q->width) > 1) step++;
+    int64_t count = sampled(q->height * q->width);
     memset(middle, 0, a->channels * sizeof(float));
-    for (int64_t p = 0; p < positions; p += step, count++) {
-        const float *restrict v = a->x + p * a->x_step;
+    for (uint32_t k = 1; k <= count; k++) {
+        int64_t h = (int64_t)(k * 3242174889u) * q->height >> 32, w = (int64_t)(k * 2447445414u) * q->width >> 32;
+        const float *restrict v = a->x + (h * q->width + w) * a->x_step;
         for (int64_t c = 0; c < a->channels; c++) middle[c] += v[c];
     }
     for (int64_t first = 0; first < a->channels; first += q->each) {
@@ -145,7 +145,8 @@ static void find_middle(const Norm *q, const Part *a, float *middle) {
 }
 
 /* Mean and variance of each group of one position. */
-INLINE void count(int64_t groups, const float *x, const float *middle, float *means, float *vars, const int64_t each) {
+INLINE void count_position(int64_t groups, const float *restrict x, const float *restrict middle, float *restrict means,
+                           float *restrict vars, const int64_t each) {
     int64_t i = 0;
     if (each == 2)
         for (; i + LANES <= groups; i += LANES) {
@@ -184,7 +185,7 @@ static void count_row(const Norm *q, const Part *a, Room *r, int64_t row) {
     for (int64_t w = 0; w < q->width; w++) {
         const float *x = a->x + (row * q->width + w) * a->x_step;
         fetch(x, a->x_step, a->channels);
-        OF_EACH(count, q->each, groups, x, r->middle, means + w * groups, vars + w * groups);
+        OF_EACH(count_position, q->each, groups, x, r->middle, means + w * groups, vars + w * groups);
     }
     add_counted(values, means, vars, r->column, r->column_too, 1);
 }
@@ -205,7 +206,7 @@ INLINE void as_moments(int64_t groups, const double *restrict one, const double 
     }
 }
 
-INLINE void spread_out(int64_t groups, const float *values, float *to, const int64_t each) {
+INLINE void spread_out(int64_t groups, const float *restrict values, float *restrict to, const int64_t each) {
     int64_t i = 0;
     if (each == 2)
         for (; i + LANES <= groups; i += LANES) {
@@ -282,8 +283,9 @@ INLINE void pull(int64_t channels, const float *restrict x, const float *restric
 }
 
 /* Adds to a window what its position has from the mean and the variance of each group, a + b x. */
-INLINE void of_window(int64_t groups, const float *scaled, const float *along, const float *mean, const float *rstd,
-                      float share, float *start, float *slope, const int64_t each) {
+INLINE void of_window(int64_t groups, const float *restrict scaled, const float *restrict along,
+                      const float *restrict mean, const float *restrict rstd, float share, float *restrict start,
+                      float *restrict slope, const int64_t each) {
     int64_t i = 0;
     if (each == 2)
         for (; i + LANES <= groups; i += LANES) {
@@ -308,8 +310,8 @@ INLINE void add_fields(int64_t count, const float *restrict start, const float *
     for (int64_t i = 0; i < count; i++) one[i] += sign * start[i], two[i] += sign * slope[i];
 }
 
-INLINE void finish(int64_t groups, const float *x, const float *middle, const float *start, const float *slope,
-                   float *gx, const int64_t each) {
+INLINE void finish(int64_t groups, const float *restrict x, const float *restrict middle, const float *restrict start,
+                   const float *restrict slope, float *restrict gx, const int64_t each) {
     int64_t i = 0;
     if (each == 2)
         for (; i + LANES <= groups; i += LANES) {
@@ -323,8 +325,8 @@ INLINE void finish(int64_t groups, const float *x, const float *middle, const fl
             gx[i * each + k] += start[i] + slope[i] * (x[i * each + k] - middle[i * each + k]);
 }
 
-/* Sums over the windows that hold one position, for those of which the last before it held; what comes in or goes out
-   may be none. */
+/* From sums over the windows that hold a position to those of the next: `in` are those that it has more, `out` those
+   that it has no longer, and either may be NULL. */
 INLINE void move_on(int64_t groups, const double *restrict in, const double *restrict in_too, const double *restrict out,
                     const double *restrict out_too, double *restrict sum, double *restrict sum_too,
                     float *restrict start, float *restrict slope) {
@@ -434,7 +436,8 @@ static void turn(const float *from, int64_t step, int64_t rows, int64_t columns,
 INLINE int64_t block_of(const Map *m, const Norm *q) {
     int64_t held = channels_last(m) ? 4 * q->width : m->s, jobs = MAX(1, omp_get_max_threads() / MAX(1, m->n));
     int64_t fit = MIN(65536 / MAX(1, held), (m->c + jobs - 1) / jobs);
-    int64_t least = (m->s > 65536 ? 8 : 32) + q->each - 1, whole = least / q->each * q->each;
+    int64_t small = q->each == 2 ? 2 * LANES : 8, least = (m->s > 65536 ? small : 32) + q->each - 1;
+    int64_t whole = least / q->each * q->each; /* so that all blocks take the same groups together, whatever their size */
     return MIN(m->c, MAX(whole, fit / whole * whole));
 }
 

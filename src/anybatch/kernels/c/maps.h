@@ -71,8 +71,11 @@ INLINE float *room(int64_t count) {
 INLINE double *double_room(int64_t count) { return (double *)room(2 * count); }
 
 /* As many values as a register holds, wherever they start; wider ones compilers keep in memory. Sums are taken in four of
-   them, since one addition waits for the one before. */
-#if defined(__AVX512F__)
+   them, since one addition waits for the one before. A file may ask for no more than MOST_LANES. */
+#ifndef MOST_LANES
+#define MOST_LANES 16
+#endif
+#if defined(__AVX512F__) && MOST_LANES >= 16
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -80,6 +83,9 @@ INLINE double *double_room(int64_t count) { return (double *)room(2 * count); }
 #define LANES 4
 #endif
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE Lanes lanes(const float *v) { return *(const Lanes *)v; }
+INLINE void put(float *to, Lanes v) { *(Lanes *)to = v; }
 
 INLINE float joined(Lanes a, Lanes b, Lanes c, Lanes d) {
     typedef float Four __attribute__((vector_size(16)));
@@ -95,10 +101,10 @@ INLINE float sum_of(const float *v, int64_t size) {
     Lanes a = {0}, b = {0}, c = {0}, d = {0};
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES) {
-        const Lanes *at = (const Lanes *)(v + i);
-        a += at[0], b += at[1], c += at[2], d += at[3];
+        const float *at = v + i;
+        a += lanes(at), b += lanes(at + LANES), c += lanes(at + 2 * LANES), d += lanes(at + 3 * LANES);
     }
-    for (; i + LANES <= size; i += LANES) a += *(const Lanes *)(v + i);
+    for (; i + LANES <= size; i += LANES) a += lanes(v + i);
     float total = joined(a, b, c, d);
     for (; i < size; i++) total += v[i];
     return total;
@@ -108,12 +114,13 @@ INLINE float squares_around(const float *v, float mean, int64_t size) {
     Lanes a = {0}, b = {0}, c = {0}, d = {0};
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES) {
-        const Lanes *at = (const Lanes *)(v + i);
-        Lanes p = at[0] - mean, q = at[1] - mean, r = at[2] - mean, s = at[3] - mean;
+        const float *at = v + i;
+        Lanes p = lanes(at) - mean, q = lanes(at + LANES) - mean;
+        Lanes r = lanes(at + 2 * LANES) - mean, s = lanes(at + 3 * LANES) - mean;
         a += p * p, b += q * q, c += r * r, d += s * s;
     }
     for (; i + LANES <= size; i += LANES) {
-        Lanes p = *(const Lanes *)(v + i) - mean;
+        Lanes p = lanes(v + i) - mean;
         a += p * p;
     }
     float total = joined(a, b, c, d);
@@ -126,13 +133,14 @@ INLINE void around(const float *x, float mean, int64_t size, double *off, double
     Lanes one[4] = {{0}}, two[4] = {{0}};
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES) {
-        const Lanes *at = (const Lanes *)(x + i);
-        Lanes p = at[0] - mean, q = at[1] - mean, r = at[2] - mean, s = at[3] - mean;
+        const float *at = x + i;
+        Lanes p = lanes(at) - mean, q = lanes(at + LANES) - mean;
+        Lanes r = lanes(at + 2 * LANES) - mean, s = lanes(at + 3 * LANES) - mean;
         one[0] += p, one[1] += q, one[2] += r, one[3] += s;
         two[0] += p * p, two[1] += q * q, two[2] += r * r, two[3] += s * s;
     }
     for (; i + LANES <= size; i += LANES) {
-        Lanes p = *(const Lanes *)(x + i) - mean;
+        Lanes p = lanes(x + i) - mean;
         one[0] += p, two[0] += p * p;
     }
     float first = joined(one[0], one[1], one[2], one[3]), second = joined(two[0], two[1], two[2], two[3]);
