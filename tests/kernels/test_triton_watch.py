@@ -46,6 +46,16 @@ def stored_twice(y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def read_far_away(x_ptr):
+    tl.store(x_ptr, tl.load(x_ptr + (1 << 40)))
+
+
+@triton.jit
+def read_in_twos(x_ptr, y_ptr):
+    tl.store(y_ptr, tl.load(x_ptr.to(tl.pointer_type(tl.int64))))
+
+
+@triton.jit
 def written_by_address(addresses_ptr):
     tl.store(tl.load(addresses_ptr).to(tl.pointer_type(tl.float32)), 1.0)
 
@@ -74,6 +84,14 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
         "writes 4 places outside",
         lambda: doubled[(1,)](padded(8), torch.zeros(8, 2)[:4, 0], 8, 8, True),
     ),
+    "read of gaps": (
+        "reads 4 places outside",
+        lambda: doubled[(1,)](torch.zeros(6)[::5].expand(3, 2), padded(8), 6, 8, True),
+    ),
+    "read far away": ("reads 1 places outside", lambda: read_far_away[(1,)](padded(4))),
+    "read of no tensor": ("reads 8 places outside", lambda: doubled[(1,)](torch.empty(0), padded(8), 8, 8, True)),
+    "read beyond": ("reads 1 places outside", lambda: read_in_twos[(1,)](padded(1), torch.zeros(1, dtype=torch.int64))),
+    "odd place": ("at a multiple", lambda: read_in_twos[(1,)](padded(4)[1:3], torch.zeros(1, dtype=torch.int64))),
     "two writers": ("two programs write to one place", lambda: added_to_all[(2,)](padded(2), True)),
     "read of others'": ("reads what another writes", lambda: turned_round[(4,)](padded(4), 4)),
     "read of its own": ("reads what it has written", lambda: read_back[(1,)](padded(4), padded(4), 4)),
