@@ -270,6 +270,39 @@ def test_rows_of_tuned_kernels_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned["id"] == plain["id"]  # so that two files can be compared
 
 
+@pytest.mark.parametrize("content", ["garbage\n", "my notes", '{"format": 99}\n', "[]\n", '{"format": 1, "mine": 2}'])
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(
+    content: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "notes.jsonl"
+    file.write_text(content, encoding="utf-8")
+    monkeypatch.setattr(runner, "_rows", lambda *_: pytest.fail("it measures"))
+    code, _, told = call(capsys, monkeypatch, *WORDS, "--cases", "norm", "--schemes", "gn", "--out", file)
+    assert code == 2
+    assert "is not a row" in told
+    assert file.read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--cases", ","], "--cases takes names separated by commas, got ','; leave it out for the default"),
+        (["--schemes", ""], "--schemes takes names"),
+        (["--models", " , "], "--models takes names"),
+        (["-b", ","], "--batch-sizes takes whole numbers"),
+        (["-b", str(2**31)], "batch_sizes must be below 2^31"),
+        (["--threads", "9999999"], "threads=9999999 are more than this machine has processors"),
+        (["--precision", ""], "unknown precision ''"),
+    ],
+)
+def test_what_says_nothing_or_too_much_is_refused(
+    words: list[str], told: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, error = call(capsys, monkeypatch, *words)
+    assert code == 2
+    assert told in " ".join(error.split())
+
+
 def test_the_page_tells_what_was_not_measured_on_a_gpu() -> None:
     row = dict(_row("kn", 1.0), machine="nvidia-a")
     left = [case for case in choice.CASES if case != row["case"]]

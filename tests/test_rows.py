@@ -144,6 +144,16 @@ def test_a_last_line_of_another_format_is_not_cut_off(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("last", [b"my notes", b'{"format": 1, "mine": 2}', b"[1]", b"7"])
+def test_a_last_line_that_is_no_row_nor_the_beginning_of_one_is_not_cut_off(path: Path, last: bytes) -> None:
+    rows.append(path, ONE)
+    path.write_bytes(path.read_bytes() + last)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"line 2 of .* is not a row"):
+        rows.repair(path)
+    assert path.read_bytes() == before
+
+
 # A full disk.
 
 

@@ -162,7 +162,11 @@ class _NoRowError(ValueError):
 
 
 def repair(path: Path, keys: Set[str] = KEYS, version: int = FORMAT) -> str | None:
-    """Cut off a half-written last line, so that rows can be appended again; returns what was done, or None."""
+    """Cut off a half-written last line, so that rows can be appended again; returns what was done, or None.
+
+    Raises:
+        ValueError: If the last line is no row, nor the beginning of one; the file stays as it was.
+    """
     if not path.exists():
         return None
     content = path.read_bytes()
@@ -172,12 +176,22 @@ def repair(path: Path, keys: Set[str] = KEYS, version: int = FORMAT) -> str | No
     try:
         _parse(rest, path, content.count(b"\n") + 1, keys, version)
     except _NoRowError:
+        if not rest.startswith(b"{") or _is_json(rest):  # nothing that a crash leaves of a row
+            raise
         with path.open("r+b") as file:
             file.truncate(len(whole) + len(newline))
         return f"cut off a half-written last line of {len(rest)} bytes in {path}"
     with path.open("ab") as file:
         file.write(b"\n")
     return f"ended the last line of {path}"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _parse(line: bytes, path: Path, number: int, keys: Set[str], version: int) -> dict[str, Any]:

@@ -447,6 +447,37 @@ def test_batch_channel_norm_with_scales_of_groups(format: torch.memory_format) -
         assert_error_within(got, right, 2 * error(plain, right) + roundoff)
 
 
+def negated(t: Tensor) -> Tensor:
+    """The same values as a view of their opposites, such as ``x.conj().imag`` gives."""
+    view = torch._neg_view(-t)
+    assert view.is_neg()
+    return view
+
+
+@NAMES
+@FORMATS
+def test_views_of_opposites_have_their_sign(name: str, format: torch.memory_format) -> None:
+    x, *others = (t.float() for t in given(name, (3, 6, 5, 7), 1, format))
+    with backend("native"), pytest.raises(ValueError, match="view of its opposites"):
+        CALLS[name][1](negated(x), *others)
+    found = []
+    for sign in (lambda t: t, negated):
+        asked = [x.clone().requires_grad_(), *(sign(t.clone()).requires_grad_() for t in others)]
+        with backend("native"):
+            y = CALLS[name][1](*asked)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(6))
+        found.append([y, *torch.autograd.grad(y, asked, sign(g))])
+        found.append(torch.autograd.grad(CALLS[name][1](*asked), asked, sign(g.new_ones(())).expand(g.shape)))
+    for got, right in zip(itertools.chain(*found[2:]), itertools.chain(*found[:2]), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-6)
+
+
+def test_a_map_that_is_a_view_of_its_opposites_runs_formulas() -> None:
+    x = torch.randn(2, 8, 1, 1, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).conj().imag
+    assert explain(group_norm, x, 2)["native"] == "x is a view of its opposites"
+    torch.testing.assert_close(group_norm(x, 2), group_norm.reference(x.clone(), 2))
+
+
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("wide", [True, False], ids=["parameters in float32", "all in half precision"])

@@ -506,6 +506,39 @@ def test_single_samples_and_padding_as_stored() -> None:
     assert layer(x[None]).shape == (1, 6, 6, 7)
 
 
+@pytest.mark.parametrize("how", ["auto", "native", "fused", "reference"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing_of_the_function(how: str, half: torch.dtype) -> None:
+    """The convolution's result came in half precision, which kernels in C took for float32, beyond its end."""
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn(shape, generator=generator) for shape in ((3, 8, 7, 7), (6, 8, 3, 3), (6,))]
+
+    def both_ways() -> list[Tensor]:
+        asked = [t.clone().requires_grad_() for t in args]
+        y = kn_conv(*asked, padding=1)
+        return [y, *torch.autograd.grad(y.square().sum(), asked)]
+
+    with backend(how):
+        if how == "native" and explain(kn_conv, *args)["native"] != "runs":
+            pytest.skip("no kernels in C")
+        alone = both_ways()
+        with torch.autocast("cpu", half):
+            within = both_ways()
+    torch.testing.assert_close(within, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (), (6, 1)])
+@pytest.mark.parametrize("how", ["auto", "reference"])
+def test_a_bias_of_another_shape_is_refused(shape: tuple[int, ...], how: str) -> None:
+    with backend(how), pytest.raises(ValueError, match="bias must be one number for each of 8 filters"):
+        kn_conv(torch.randn(2, 8, 5, 5), torch.randn(8, 2, 3, 3), torch.randn(shape), groups=4)
+
+
+def test_no_filters_are_refused() -> None:
+    with pytest.raises(ValueError, match="holds no filters"):
+        kn_conv(torch.randn(2, 8, 5, 5), torch.randn(0, 8, 3, 3))
+
+
 def test_autocast_normalizes_what_it_convolves() -> None:
     layer, x = layers.KNConv2d(64, 8, 3, p=0), torch.randn(1, 64, 9, 9) + 30
     with torch.autocast("cpu", torch.bfloat16):

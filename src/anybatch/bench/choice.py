@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -159,7 +160,7 @@ def settings(
         quick: Tiny shapes, to see that everything works; such times mean nothing.
 
     Raises:
-        ValueError: If a name is unknown (the nearest are named), a number is below 1, there is no such device, or
+        ValueError: If a name is unknown (the nearest are named), a number is out of range, there is no such device, or
             kernels are to be tuned on one that has none.
     """
     chosen: list[str] = []
@@ -172,13 +173,18 @@ def settings(
     for name, number in [("batch_sizes", min(batch_sizes, default=1)), ("repeats", repeats or 1), ("threads", threads)]:
         if number < 1 or (name == "repeats" and repeats == 0):
             raise ValueError(f"{name} must be 1 or more, got {number if number < 1 else repeats}")
+    if threads > (most := os.cpu_count() or 1):
+        raise ValueError(f"threads={threads} are more than this machine has processors; take 1 to {most}")
+    if max(batch_sizes, default=1) >= 2**31:
+        raise ValueError(f"batch_sizes must be below 2^31, got {max(batch_sizes)}")
     gpu = torch.cuda.is_available()
     if device is not None and device.partition(":")[0] not in (("cpu", "cuda") if gpu else ("cpu",)):
         raise ValueError(f"device={device!r} is none that can be timed here; take cpu{' or cuda' if gpu else ''}")
     where = torch.device(device or ("cuda" if gpu else "cpu"))
     if autotune and where.type != "cuda":
         raise ValueError(f"autotune tunes Triton kernels, which run on CUDA; device={where.type!r} has none to tune")
-    precision = precision or ("bf16-mixed" if where.type == "cuda" else "32-true")
+    if precision is None:
+        precision = "bf16-mixed" if where.type == "cuda" else "32-true"
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     return Settings(

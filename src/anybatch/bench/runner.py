@@ -109,12 +109,13 @@ def run(
 
     Args:
         chosen: What to measure.
-        path: A ``.jsonl`` file, or None for none.
+        path: A ``.jsonl`` file, or None for none. What it holds already must be rows.
         tell: Called with cells done, cells in all, and what comes next.
         got: Called with each row.
     """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        read(path)  # now, so that one that holds something else is told before anything is measured
         rows.repair(path, KEYS, FORMAT)
     settled = timing.settle_allocator()
     found: list[Row] = []

@@ -114,11 +114,21 @@ def told_in_one_line(error: Exception) -> int:
     return 1 if ours else 2
 
 
+def names(text: str | None, option: str) -> list[str]:
+    """Those of an option, none where it is not given."""
+    found = [] if text is None else listed_in(text)
+    if text is not None and not found:
+        raise UserError(f"{option} takes names separated by commas, got {text!r}; leave it out for the default")
+    return found
+
+
 def numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(part) for part in listed_in(text)]
+        if found := [int(part) for part in listed_in(text)]:
+            return found
     except ValueError:
-        raise UserError(f"{option} takes whole numbers separated by commas, such as 1,2,32; got {text!r}") from None
+        pass
+    raise UserError(f"{option} takes whole numbers separated by commas, such as 1,2,32; got {text!r}")
 
 
 def recipe_from(

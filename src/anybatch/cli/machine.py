@@ -14,11 +14,11 @@ from anybatch.cli.common import (
     Debug,
     app,
     err,
+    names,
     numbers,
     out_console,
     print_json,
 )
-from anybatch.suggest import listed_in
 
 
 @app.command()
@@ -71,10 +71,10 @@ def bench(
     from anybatch.bench import runner, settings, targets
 
     chosen = settings(
-        cases=listed_in(cases or ""),
-        schemes=listed_in(schemes or ""),
-        models=listed_in(models or ""),
-        batch_sizes=numbers(batch_sizes or "", "--batch-sizes"),
+        cases=names(cases, "--cases"),
+        schemes=names(schemes, "--schemes"),
+        models=names(models, "--models"),
+        batch_sizes=[] if batch_sizes is None else numbers(batch_sizes, "--batch-sizes"),
         device=device,
         precision=precision,
         channels_last=channels_last,

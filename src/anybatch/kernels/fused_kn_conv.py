@@ -26,7 +26,7 @@ from anybatch.kernels.activations import refused_tracing
 from anybatch.kernels.kn_stages import Filters, Normalized, Stages
 from anybatch.kernels.layouts import laid_out
 from anybatch.kernels.recompute import recomputed_gradients, taken_in_formulas
-from anybatch.methods.kn_conv import check_centered, check_residual, convolve, filter_windows, kn_conv
+from anybatch.methods.kn_conv import check_bias, check_centered, check_residual, convolve, filter_windows, kn_conv
 from anybatch.methods.windows import Padding, Sizes, Windows
 
 convolution_backward = torch.ops.aten.convolution_backward
@@ -237,6 +237,7 @@ def kn_conv_in_stages(
     """`anybatch.functional.kn_conv` of arguments that `refusal` does not refuse, by some backend's stages."""
     at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
     check_centered(weight, centered)
+    check_bias(bias, weight)
     options = {"p": p, "eps": eps, "activation": activation, "centered": centered}
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> Tensor:

@@ -54,6 +54,7 @@ def layout_of(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
 
 def laid_out(t: Tensor, like: Tensor) -> Tensor:
     """``t``, or a copy that lies in memory as ``like`` does."""
+    t = t.resolve_neg()  # a view of its opposites has these in memory
     own, others = t.stride(), like.stride()
     if own == others or all(n == 1 or a == b for n, a, b in zip(t.shape, own, others, strict=True)):
         return t

@@ -51,6 +51,8 @@ def refused_native(x: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) 
         return f"x is {x.dtype}"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}"
+    if x.is_neg():
+        return "x is a view of its opposites"
     if x.dim() < 2 or x.numel() == 0:
         return f"x of shape {tuple(x.shape)} is no map with values"
     return refused_c()
@@ -156,10 +158,11 @@ def function(name: str, signature: str) -> Callable[..., None]:
 
     def call(*given: Any) -> None:  # which holds the tensors until it returns
         assert len(given) == expected, name  # ctypes lets more pass
-        words = list(given)
+        held, words = list(given), list(given)
         for i in pointers:
-            if isinstance(words[i], Tensor):
-                words[i] = words[i].data_ptr()
+            if isinstance(given[i], Tensor):
+                held[i] = given[i].resolve_neg()  # parameters may be views of their opposites
+                words[i] = held[i].data_ptr()
         found(*words)
 
     return call

@@ -26,6 +26,8 @@ def refused_device(x: Tensor) -> str | None:
         return reason
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return f"x is on {x.device.type}"
+    if x.is_neg():
+        return "x is a view of its opposites"
     return None if _installed() else "Triton is not installed"
 
 
@@ -54,7 +56,8 @@ class Plan:
         self.ready: dict[int, Callable[..., Any]] = {}
         """By device, what launches."""
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *given: Tensor | None) -> None:
+        tensors = [t if t is None else t.resolve_neg() for t in given]  # parameters may be views of their opposites
         if INTERPRETED:
             self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps)
         else:
@@ -92,6 +95,7 @@ def dtypes_of(*tensors: Tensor | None) -> Dtypes:
 
 def readable(g: Tensor, like: Tensor) -> Tensor:
     """``g`` where it is expanded or lies in memory as ``like`` does, else a copy that does."""
+    g = g.resolve_neg()
     if g.stride() == like.stride():
         return g
     of_g, of_like = steps(g.shape, g.stride()), steps(like.shape, like.stride())

@@ -85,14 +85,14 @@ def kn_conv(
         centered: Whether the filters sum to 0 already, as those of a folded network, which saves centering them.
 
     Returns:
-        (N, O, *), with the dtype of ``x``, or of its sum with a wider ``residual``; windows that the padded map does
-        not hold whole are left out.
+        (N, O, *), with the dtype of ``x``, under autocast too, or of its sum with a wider ``residual``; windows that
+        the padded map does not hold whole are left out.
 
     Raises:
         ValueError: If ``x`` and ``weight`` do not go together, ``norm_groups`` does not divide ``groups``, no window
-            fits, a window holds one value, which normalizing would erase, ``p`` is outside [0, 1), ``seed`` is not one
-            number, ``residual`` has another shape than the result, ``centered`` filters ask for a gradient, which would
-            move them, or an argument is malformed.
+            fits, ``bias`` is not one number a filter, a window holds one value, which normalizing would erase, ``p`` is
+            outside [0, 1), ``seed`` is not one number, ``residual`` has another shape than the result, ``centered``
+            filters ask for a gradient, which would move them, or an argument is malformed.
 
     Source:
         Nasirigerdeh et al. 2024, "Kernel Normalized Convolutional Networks", arXiv:2205.10089, eq. 1-5, algorithm 1.
@@ -100,6 +100,7 @@ def kn_conv(
     """
     at = filter_windows(x, weight, stride, padding, dilation, groups, padding_mode, norm_groups, p, seed)
     check_centered(weight, centered)
+    check_bias(bias, weight)
     mask = None if seed is None else dropout_mask(x, p, seed)
     dims = len(at.kernel)
     mean, var = unit_moments(x, norm_groups, at, p, mask)
@@ -143,6 +144,8 @@ def filter_windows(
     dims = weight.dim() - 2
     if not 1 <= dims <= 3:
         raise ValueError(f"weight must have 1 to 3 dimensions of positions, got shape {tuple(weight.shape)}")
+    if not weight.numel():
+        raise ValueError(f"weight of shape {tuple(weight.shape)} holds no filters")
     sizes = tuple(weight.shape[2:])
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace gives tensors, and warns of what makes them numbers
         with warnings.catch_warnings(action="ignore"):
@@ -164,6 +167,12 @@ def check_centered(weight: Tensor, centered: bool) -> None:
         raise ValueError("centered=True is for filters that stay as they are, and weight asks for a gradient")
 
 
+def check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """Raise a `ValueError` unless there is one number for each filter."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be one number for each of {len(weight)} filters, got shape {tuple(bias.shape)}")
+
+
 def check_residual(residual: Tensor, shape: torch.Size) -> None:
     """Raise a `ValueError` unless what is added to the result has its shape."""
     if residual.shape != shape:
@@ -181,6 +190,15 @@ def _check_groups(groups: int, norm_groups: int) -> None:
 
 
 def convolve(x: Tensor, filters: Tensor, at: Windows, groups: int) -> Tensor:
+    """In the dtype of both, which autocast must not change: statistics and what is behind go by that of ``x``."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+        with torch.autocast(device, enabled=False):
+            return _convolved(x, filters, at, groups)
+    return _convolved(x, filters, at, groups)
+
+
+def _convolved(x: Tensor, filters: Tensor, at: Windows, groups: int) -> Tensor:
     conv = _CONVS[len(at.kernel) - 1]
     if at.padding_mode == "zeros" and (padding := at.symmetric) is not None:
         return conv(x, filters, None, at.stride, padding, at.dilation, groups)
