@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,19 @@ class _Launch:
         self.own: list[Addresses] = []
         """What the program at work has written."""
         self.fault = ""
+
+    @cached_property
+    def places(self) -> dict[int, list[Addresses]]:
+        """Of the values of each tensor, by their size."""
+        found: dict[int, list[Addresses]] = {}
+        for tensor in self.tensors:
+            found.setdefault(tensor.element_size(), []).append(_places(tensor))
+        return found
+
+    @cached_property
+    def memory(self) -> list[tuple[int, int]]:
+        """Of all tensors, which a launch makes none of."""
+        return list(_memory())
 
     def starts(self, program: int) -> None:
         if program != self.program:
@@ -90,12 +104,13 @@ class _Launch:
             self._tell(f"it {does} values of {size} bytes that do not lie at a multiple of these")
         if not any(low <= first and behind <= high for low, high in self.dense):
             outside = np.unique(at)
-            for tensor in self.tensors:
-                if tensor.element_size() == size:
-                    outside = outside[~np.isin(outside, _places(tensor))]
+            for places in self.places.get(size, []):
+                outside = outside[~np.isin(outside, places)]
             if len(outside) and self.name in BY_ADDRESS:
-                for low, high in _memory():
+                for low, high in self.memory:
                     outside = outside[(outside < low) | (outside + size > high)]
+                    if not len(outside):
+                        break
             if len(outside):
                 self._tell(f"it {does} {len(outside)} places outside of its tensors")
         unit = min(self.unit, size)
